@@ -1,0 +1,106 @@
+"""Bytes to structs and back, under limits. msgpack unpacks, msgspec types: what fits no struct is refused.
+
+An untyped msgpack document can be small and yet cost seconds and megabytes (a MiB of nested or empty arrays),
+so the unpacker's own limits come first and the schema second. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import msgpack
+import msgspec
+
+from xditd.protocol.errors import Code, XditError
+
+MAX_HEADER = 64 * 1024
+"""Bytes of one message's header; tensors are never in it."""
+
+MAX_FRAMES = 64
+"""Frames after the header of one message."""
+
+MAX_FRAME = 1 << 30
+"""Bytes of one tensor frame."""
+
+_LIMITS = {
+    "max_str_len": 16384,
+    "max_bin_len": 4096,
+    "max_array_len": 8192,
+    "max_map_len": 1024,
+    "max_ext_len": 0,
+}
+
+T = TypeVar("T")
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """One struct as a msgpack map whose `type` names it."""
+    packed = msgpack.packb(msgspec.to_builtins(message), use_bin_type=True)
+    if len(packed) > MAX_HEADER:
+        raise XditError(
+            Code.TOO_LARGE,
+            f"A {type(message).__name__} of {len(packed)} bytes is over the limit of {MAX_HEADER}.",
+        )
+    return packed
+
+
+def decode(header: bytes | memoryview, union: Any, known: Iterable[str]) -> Any:
+    """One message of the union, or a refusal.
+
+    Args:
+        header: the first frame.
+        union: a union of tagged structs.
+        known: the tags of that union, to tell an unknown type from a malformed message.
+
+    Raises:
+        XditError: `too_large`, `unknown_type` or `bad_message`; `details["id"]` names the request where it could
+            be read.
+    """
+    if len(header) > MAX_HEADER:
+        raise XditError(Code.TOO_LARGE, f"A header of {len(header)} bytes is over the limit of {MAX_HEADER}.")
+    try:
+        plain = msgpack.unpackb(header, raw=False, strict_map_key=True, object_pairs_hook=_unique, **_LIMITS)
+    except XditError:
+        raise
+    except Exception as error:  # msgpack raises a dozen kinds; every one means "not our format"
+        raise XditError(
+            Code.BAD_MESSAGE, f"The header is not MessagePack within the limits: {error}."
+        ) from error
+    if not isinstance(plain, dict):
+        raise XditError(Code.BAD_MESSAGE, "The header is not a map.")
+    named = {"id": plain["id"]} if isinstance(plain.get("id"), int) else {}
+    kind = plain.get("type")
+    if not isinstance(kind, str) or kind not in known:
+        raise XditError(
+            Code.UNKNOWN_TYPE, f"This daemon knows no message of type {str(kind)[:64]!r}.", **named
+        )
+    if not _finite(plain):
+        raise XditError(Code.BAD_VALUE, f"A number in {kind} is NaN or infinite.", **named)
+    try:
+        return msgspec.convert(plain, union)
+    except msgspec.ValidationError as error:
+        raise XditError(Code.BAD_MESSAGE, f"{kind} does not fit its schema: {error}.", **named) from error
+
+
+def tags(union: Any) -> frozenset[str]:
+    """The `type` of every struct in a union."""
+    return frozenset(struct.__struct_config__.tag for struct in union.__args__)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise XditError(Code.BAD_MESSAGE, "A map in the header has the same key twice.")
+    return result
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(_finite(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_finite(v) for v in value)
+    return True

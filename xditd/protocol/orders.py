@@ -1,0 +1,170 @@
+"""The messages between the daemon and its ranks. Private to one installation: both ends are the same version.
+
+The daemon sends every order to every rank of a group in the same order; so ranks agree without asking each
+other: a cancelled run simply gets no further turn. An order that makes ranks meet in collectives is a *turn*;
+a group has at most one turn under way. Only rank 0 reads a client's bytes, broadcasts them, and answers.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+from msgspec import Struct, field
+
+from xditd.protocol.codec import tags
+from xditd.protocol.messages import DenoiseItem, Plan
+from xditd.protocol.tensors import Tensor
+
+
+class RankSpec(Struct, frozen=True, kw_only=True):
+    """All that a rank process is told at its start (JSON, on its standard input)."""
+
+    group: str
+    generation: int
+    rank: int
+    world: int
+    device: str  # "cpu:1", "cuda:0"
+    plan: Plan
+    endpoint: str  # of the daemon's rank socket
+    store: str  # a file for torch.distributed's rendezvous, "file:///..."
+    parent: int  # pid of the daemon: gone means exit
+    path: str  # of the model file
+    part: str  # "transformer" or "vae"
+    family: str  # a folder of xditd.models, or "echo": a rank that does no work, for benchmarks
+    variant: str
+    dtype: str  # compute dtype
+    arena_fd: int = -1  # rank 0: the socket that segments' descriptors come by
+    threads: int = 0  # of a CPU rank; 0 leaves torch's choice
+    compile: bool = False  # regional torch.compile
+    options: dict[str, str] = field(default_factory=dict)  # of tests and benchmarks
+
+
+# ---------------------------------------------------------------------------------------------------- orders
+
+
+class SetConditioning(Struct, frozen=True, kw_only=True, tag="set_conditioning", tag_field="type"):
+    """Rank 0 reads, all receive; kept until `forget_run`. A collective, but not a turn."""
+
+    run: int
+    key: str
+    tensors: dict[str, Tensor]
+    values: dict[str, float]
+
+
+class TurnDenoise(Struct, frozen=True, kw_only=True, tag="turn_denoise", tag_field="type"):
+    order: int
+    run: int
+    items: tuple[DenoiseItem, ...]
+
+
+class BeginSample(Struct, frozen=True, kw_only=True, tag="begin_sample", tag_field="type"):
+    """Rank 0 reads noise and latent, all receive; the loop's state is kept until its last step or `forget_run`."""
+
+    run: int
+    sampler: str
+    sigmas: tuple[float, ...]
+    noise: Tensor
+    latent: Tensor | None
+    conditioning: str
+    negative: str | None
+    cfg: float
+    out: Tensor | None
+    previews: tuple[Tensor, ...]
+
+
+class TurnSample(Struct, frozen=True, kw_only=True, tag="turn_sample", tag_field="type"):
+    """One step of a begun sample: from sigmas[step] to sigmas[step + 1]."""
+
+    order: int
+    run: int
+    step: int
+
+
+class TurnDecode(Struct, frozen=True, kw_only=True, tag="turn_decode", tag_field="type"):
+    order: int
+    run: int
+    latent: Tensor
+    out: Tensor | None
+
+
+class TurnEncode(Struct, frozen=True, kw_only=True, tag="turn_encode", tag_field="type"):
+    order: int
+    run: int
+    image: Tensor
+    out: Tensor | None
+
+
+class ForgetRun(Struct, frozen=True, kw_only=True, tag="forget_run", tag_field="type"):
+    run: int
+
+
+class DropSegments(Struct, frozen=True, kw_only=True, tag="drop_segments", tag_field="type"):
+    """A client is gone: rank 0 unmaps its segments."""
+
+    segments: tuple[int, ...]
+
+
+class Leave(Struct, frozen=True, kw_only=True, tag="leave", tag_field="type"):
+    """End the process, exit code 0."""
+
+
+Order = Union[
+    SetConditioning,
+    TurnDenoise,
+    BeginSample,
+    TurnSample,
+    TurnDecode,
+    TurnEncode,
+    ForgetRun,
+    DropSegments,
+    Leave,
+]
+ORDERS = tags(Order)
+
+
+# --------------------------------------------------------------------------------------------------- reports
+
+
+class RankPhase(Struct, frozen=True, kw_only=True, tag="rank_phase", tag_field="type"):
+    """Where a starting rank is: "importing", "joining", "loading". Its first one introduces it."""
+
+    group: str
+    generation: int
+    rank: int
+    pid: int
+    phase: str
+
+
+class RankReady(Struct, frozen=True, kw_only=True, tag="rank_ready", tag_field="type"):
+    rank: int
+    seconds: float
+    device_memory: int | None
+    attention: str
+
+
+class TurnDone(Struct, frozen=True, kw_only=True, tag="turn_done", tag_field="type"):
+    """From rank 0 alone. Frames follow for outputs that have no slot.
+
+    `outputs` of a sample's turn: the latent on its last step, nothing before; `preview` where one was written.
+    """
+
+    order: int
+    outputs: tuple[Tensor, ...]
+    seconds: float
+    preview: Tensor | None = None
+    device_memory: int | None = None
+
+
+class RankFailed(Struct, frozen=True, kw_only=True, tag="rank_failed", tag_field="type"):
+    """An exception. `order` is the turn it ended, None outside of turns. With `alive` the rank serves on."""
+
+    rank: int
+    order: int | None
+    code: str
+    message: str
+    traceback: str  # for the log only
+    alive: bool
+
+
+Report = Union[RankPhase, RankReady, TurnDone, RankFailed]
+REPORTS = tags(Report)
