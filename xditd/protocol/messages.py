@@ -261,7 +261,8 @@ class Sample(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sample"
     negative: Key | None = None
     cfg: float = 1.0
     out: Tensor | None = None
-    previews: tuple[Tensor, ...] = ()  # slots that x0 is written to in turn, shaped as noise; () sends none
+    previews: tuple[Tensor, ...] = ()  # slots that x0 is written to in turn, shaped as noise
+    preview_frames: bool = False  # without slots: x0 comes as a frame of each `progress`
 
 
 class Decode(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="decode", tag_field="type"):

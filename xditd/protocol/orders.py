@@ -70,6 +70,7 @@ class BeginSample(Struct, frozen=True, kw_only=True, tag="begin_sample", tag_fie
     cfg: float
     out: Tensor | None
     previews: tuple[Tensor, ...]
+    preview_frames: bool
 
 
 class TurnSample(Struct, frozen=True, kw_only=True, tag="turn_sample", tag_field="type"):

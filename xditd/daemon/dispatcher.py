@@ -1,0 +1,371 @@
+"""Which run is on which group, whose turn it is, and what becomes of a run. Decides; does nothing itself.
+
+What happens in the world comes in as a method call with the time; what should happen goes out through `Ports`.
+No socket, clock, process or device is in here, so its tests need none. The way of a run:
+
+    open → queued → its group is ready → `RunOpened` → ask → turns → the answer → ask → … → close
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+from xditd.catalog.catalog import Found
+from xditd.daemon.fleet import LOST, Deadlines, Fleet
+from xditd.daemon.groups import Group, Restarts
+from xditd.daemon.ports import Ports
+from xditd.daemon.runs import MAX_REBINDS, Asked, Key, Run, Work
+from xditd.daemon.turns import Turns
+from xditd.daemon.work import answer, begin, failed, progress, spell, turn
+from xditd.protocol import messages as m
+from xditd.protocol import orders as o
+from xditd.protocol.errors import Code, XditError
+
+
+class Dispatcher:
+    """The runs of a daemon, by id; its fleet of groups; their turns."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        deadlines: Deadlines,
+        restarts: Restarts,
+        *,
+        queue: int = 256,
+        ended: Callable[[Run], None] = lambda run: None,
+    ) -> None:
+        """
+        Args:
+            queue: runs that may wait at once.
+            ended: called once for every run, when it has ended.
+        """
+        self.ports = ports
+        self.deadlines = deadlines
+        self.queue = queue
+        self.ended = ended
+        self.fleet = Fleet(ports, deadlines, restarts, self)
+        self.turns = Turns()
+        self.runs: dict[int, Run] = {}
+        self.draining = False
+        self._ids = count(1)
+
+    # -------------------------------------------------------------------------------------- from clients
+
+    def open(self, peer: bytes, client: str, request: m.OpenRun, found: Found, key: Key, now: float) -> Run:
+        """Queues a run. `RunOpened` follows when a group is ready for it.
+
+        Raises:
+            XditError: `draining`, `queue_full`, `model_failed`.
+        """
+        self.refuse_if_draining()
+        if sum(run.state == "queued" for run in self.runs.values()) >= self.queue:
+            raise XditError(Code.QUEUE_FULL, f"{self.queue} runs are waiting already; try again later.")
+        self.fleet.want(key, request.model, found, now)
+        run = Run(
+            id=next(self._ids),
+            peer=peer,
+            client=client,
+            ref=request.model,
+            found=found,
+            key=key,
+            opened=now,
+            reopen=request.id,
+            label=request.label,
+            touched=now,
+        )
+        self.runs[run.id] = run
+        self._place(now)
+        if run.state == "queued":
+            self._tell_position(run)
+        return run
+
+    def refuse_if_draining(self) -> None:
+        if self.draining:
+            raise XditError(Code.DRAINING, "The daemon takes nothing new: it is being drained for a stop.")
+
+    def put(self, run: Run, message: m.PutConditioning, frames: Sequence[Any], now: float) -> None:
+        """Keeps a conditioning, and passes it on if the run has a group; answered at once."""
+        run.touched = now
+        run.conditioning[message.key] = (message, frames)
+        if run.group:
+            self._pass_conditioning(run, message, frames)
+        self.ports.answer(run.peer, m.ConditioningPut(re=message.id, run=run.id, key=message.key))
+
+    def ask(self, run: Run, work: Work, frames: Sequence[Any], now: float) -> None:
+        """A request that needs turns.
+
+        Raises:
+            XditError: `run_busy` if one is under way.
+        """
+        if run.asked is not None:
+            raise XditError(
+                Code.RUN_BUSY, f"Run {run.id} is at work on request {run.asked.work.id}; ask one thing at a time."
+            )
+        run.touched = now
+        run.asked = Asked(work, frames)
+        if run.state == "bound":
+            run.go("ask")
+            self.turns.ask(run.id)
+            self._next_turn(now)
+
+    def stop(self, run: Run, message: str, now: float) -> None:
+        """Ends a run: now, or with the turn that it is in. `ended` tells when."""
+        if self.turns.has(run.id):
+            run.leaving = message
+        else:
+            self._end(run, Code.RUN_CANCELLED, message, now)
+
+    def unload(self, groups: list[Group], force: bool, now: float) -> None:
+        """Tells groups to leave.
+
+        Raises:
+            XditError: `group_busy` without `force` where runs are on one.
+        """
+        for group in groups:
+            runs = [run.id for run in self.runs_on(group)]
+            if runs and not force:
+                raise XditError(
+                    Code.GROUP_BUSY,
+                    f"Group {group.name} has open runs ({', '.join(map(str, runs))}); "
+                    f"wait for them, cancel them, or unload by force.",
+                    runs=runs,
+                )
+        for group in groups:
+            for run in self.runs_on(group):
+                self.stop(run, f"Group {group.name} was unloaded by force.", now)
+            self.fleet.leave(group, now)  # behind the turn that it may be in
+
+    def client_gone(self, peer: bytes, segments: tuple[int, ...], now: float) -> None:
+        """A client's connection ended: its runs end, the ranks drop its segments."""
+        for run in [run for run in self.runs.values() if run.peer == peer]:
+            self.stop(run, "Its client is gone.", now)
+        self.fleet.forget_peer(peer)
+        if segments:
+            for group in self.fleet.groups.values():
+                if group.state == "ready":  # in line after any turn that still uses them
+                    self.ports.order(group, o.DropSegments(segments=segments))
+
+    def close(self, now: float) -> None:
+        """The daemon stops: every run ends, every group leaves."""
+        self.draining = self.fleet.closed = True
+        for run in list(self.runs.values()):
+            self.stop(run, "The daemon is stopping.", now)
+        for group in list(self.fleet.groups.values()):
+            self.fleet.leave(group, now)
+
+    # ---------------------------------------------------------------------------------------- from ranks
+
+    def turn_done(self, group: Group, report: o.TurnDone, frames: Sequence[Any], now: float) -> None:
+        """Rank 0 has finished a turn. A late report of a dead turn changes nothing."""
+        run = self._turn_over(group, report.order, now)
+        if run is not None and run.asked is not None:
+            group.turns += 1
+            group.ranks[0].device_memory = report.device_memory
+            self._advance(run, run.asked, report, frames, now)
+        self._next_turn(now)
+
+    def rank_failed(self, group: Group, report: o.RankFailed, now: float) -> None:
+        """A rank raised. If it serves on, only the request failed; else the group has."""
+        if not report.alive or report.order is None:
+            self.fleet.fail(group, report.code, f"Rank {report.rank}: {report.message}", now)
+            return
+        run = self._turn_over(group, report.order, now)
+        if run is not None and run.asked is not None:
+            self._refuse(run, report.code, report.message, now)
+        self._next_turn(now)
+
+    # ------------------------------------------------------------------------------------ from the clock
+
+    def tick(self, now: float) -> None:
+        """Deadlines: of groups and turns, and of runs that are asked nothing."""
+        self.fleet.tick(now)
+        limit = self.deadlines.run_idle
+        for run in list(self.runs.values()):
+            if run.state == "bound" and now - run.touched > limit:
+                message = f"Run {run.id} was asked nothing for {limit:g} s (deadlines.run_idle); open a new one."
+                self._end(run, Code.RUN_IDLE, message, now)
+
+    # ------------------------------------------------------------------------------------ from the fleet
+
+    def wanted(self, group: Group) -> bool:
+        return any(run.state == "queued" and run.key == group.key for run in self.runs.values())
+
+    def group_starting(self, group: Group) -> None:
+        for run in self._waiting_for(group):
+            self._tell_position(run)
+
+    def group_ready(self, group: Group, now: float) -> None:
+        self._place(now)
+
+    def group_failed(self, group: Group, now: float) -> None:
+        """Takes its runs back into the queue.
+
+        What raised in a rank is refused, since it would raise again; what a rank died or hung over is asked
+        again of the next group.
+        """
+        lost = group.code in LOST
+        victim = self._turn_over(group, group.turn, now)
+        for run in self.runs_on(group):
+            self.turns.forget(run.id)
+            if run is victim and run.asked is not None and not lost:
+                self._refuse(run, group.code, group.problem, now)
+            if not run.over:
+                self._take_back(run, group, lost, now)
+        self._next_turn(now)
+
+    def group_gone(self, group: Group, now: float) -> None:
+        self._turn_over(group, group.turn, now)
+        for run in self.runs_on(group):
+            self._end(run, Code.RUN_CANCELLED, run.leaving or group.problem, now)
+        self._next_turn(now)
+
+    def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
+        for run in self._waiting_for(group):
+            self._end(run, code, message, now)
+
+    # -------------------------------------------------------------------------------------- runs, inside
+
+    def runs_on(self, group: Group) -> list[Run]:
+        return [run for run in self.runs.values() if run.group == group.name]
+
+    def _waiting_for(self, group: Group) -> list[Run]:
+        return [run for run in self.runs.values() if run.state == "queued" and run.key == group.key]
+
+    def position(self, run: Run) -> int:
+        """How many runs are before it; 0 is next, or running."""
+        if run.state == "queued":
+            return sum(other.state == "queued" and other.id < run.id for other in self.runs.values())
+        return self.turns.waiting.index(run.id) if run.id in self.turns.waiting else 0
+
+    def _place(self, now: float) -> None:
+        """Binds every queued run for which a group is ready, to the one with the fewest runs."""
+        ready = [group for group in self.fleet.groups.values() if group.state == "ready"]
+        for run in [run for run in self.runs.values() if run.state == "queued"]:
+            fitting = [group for group in ready if group.key == run.key]
+            if fitting:
+                self._bind(run, min(fitting, key=lambda group: len(self.runs_on(group))), now)
+        self._next_turn(now)
+
+    def _bind(self, run: Run, group: Group, now: float) -> None:
+        run.go("bind")
+        run.group = group.name
+        run.touched = group.used = now
+        for message, frames in run.conditioning.values():
+            self._pass_conditioning(run, message, frames)
+        if not run.announced:
+            run.announced = True
+            info, plan = run.found.info, group.key.plan
+            opened = m.RunOpened(re=run.reopen, run=run.id, group=group.name, plan=plan, model=info)
+            self.ports.answer(run.peer, opened)
+        if run.asked is not None:
+            why = f"its group {group.name} died and was started again"
+            event = m.Rebound(re=run.asked.work.id, run=run.id, group=group.name, reason=why)
+            self.ports.answer(run.peer, event)
+            run.asked.begin_anew()
+            run.go("ask")
+            self.turns.ask(run.id)
+
+    def _take_back(self, run: Run, group: Group, lost: bool, now: float) -> None:
+        """The run's group failed: it waits for the next one, a limited number of times."""
+        if run.leaving:
+            self._end(run, Code.RUN_CANCELLED, run.leaving, now)
+            return
+        if lost and run.asked is not None:
+            run.rebinds += 1
+        if run.rebinds > MAX_REBINDS:
+            message = f"Run {run.id} lost its group {run.rebinds} times; the last: {group.problem}."
+            self._end(run, Code.RANK_LOST, message, now)
+            return
+        run.go("unbind")
+        run.group = ""
+
+    def _end(self, run: Run, code: Code | str, message: str, now: float) -> None:
+        """The one end of a run: what is under way is answered, and its group forgets it."""
+        if run.over:
+            return
+        self.turns.forget(run.id)
+        run.go("end")
+        if not run.announced:
+            self.ports.answer(run.peer, failed(run.reopen, code, message))
+        elif run.asked is not None:
+            self.ports.answer(run.peer, failed(run.asked.work.id, code, message))
+        elif code != Code.RUN_CANCELLED:
+            self.ports.answer(run.peer, m.RunEnded(run=run.id, code=spell(code), message=message))
+        run.asked = None
+        run.conditioning.clear()
+        group = self.fleet.groups.get(run.group)
+        if group is not None and group.state == "ready":
+            self.ports.order(group, o.ForgetRun(run=run.id))
+        del self.runs[run.id]
+        self.ended(run)
+
+    def _refuse(self, run: Run, code: str, message: str, now: float) -> None:
+        """What the run asked failed; the run itself goes on, unless it was to end."""
+        assert run.asked is not None
+        if run.leaving:
+            self._end(run, Code.RUN_CANCELLED, run.leaving, now)
+            return
+        request, run.asked = run.asked.work.id, None
+        run.go("answer")
+        run.touched = now
+        self.ports.answer(run.peer, failed(request, code, message))
+
+    # ------------------------------------------------------------------------------------- turns, inside
+
+    def _next_turn(self, now: float) -> None:
+        while (run_id := self.turns.next(self._devices_of)) is not None:
+            self._give_turn(self.runs[run_id], now)
+
+    def _devices_of(self, run_id: int) -> tuple[str, ...] | None:
+        group = self.fleet.groups.get(self.runs[run_id].group)
+        return group.devices if group is not None and group.state == "ready" else None
+
+    def _give_turn(self, run: Run, now: float) -> None:
+        group, asked = self.fleet.groups[run.group], run.asked
+        assert asked is not None
+        number = self.turns.begin(run.id, group, now)
+        frames = () if asked.begun else asked.frames
+        if isinstance(asked.work, m.Sample) and not asked.begun:
+            self.ports.order(group, begin(run.id, asked.work), peer=run.peer, frames=frames)
+            frames = ()
+        asked.begun = True
+        self.ports.order(group, turn(number, run.id, asked), peer=run.peer, frames=frames)
+
+    def _turn_over(self, group: Group, number: int | None, now: float) -> Run | None:
+        run_id = self.turns.over(group, number, now)
+        return self.runs.get(run_id) if run_id is not None else None
+
+    def _advance(self, run: Run, asked: Asked, report: o.TurnDone, frames: Sequence[Any], now: float) -> None:
+        """One more turn of the run's request is done: the next, or the answer."""
+        if run.leaving:
+            self._end(run, Code.RUN_CANCELLED, run.leaving, now)
+            return
+        run.touched = now
+        asked.step += 1
+        asked.seconds += report.seconds
+        finished = asked.step == asked.turns
+        if isinstance(asked.work, m.Sample):
+            inline = report.preview is not None and report.preview.frame is not None
+            self.ports.answer(run.peer, progress(run.id, asked, asked.work, report), frames if inline else ())
+        if finished:
+            run.asked = None
+            run.go("answer")
+            self.ports.answer(run.peer, answer(asked, report), frames)
+        else:
+            self.turns.ask(run.id)
+
+    # ----------------------------------------------------------------------------------- telling, inside
+
+    def _pass_conditioning(self, run: Run, message: m.PutConditioning, frames: Sequence[Any]) -> None:
+        order = o.SetConditioning(run=run.id, key=message.key, tensors=message.tensors, values=message.values)
+        self.ports.order(self.fleet.groups[run.group], order, peer=run.peer, frames=frames)
+
+    def _tell_position(self, run: Run) -> None:
+        """While a run waits for its first group, its client hears how far that is."""
+        if run.announced:
+            return
+        group = next((g for g in self.fleet.groups.values() if g.key == run.key), None)
+        phase = group.phase if group is not None and group.state == "starting" else "waiting"
+        self.ports.answer(run.peer, m.Queued(re=run.reopen, run=run.id, position=self.position(run), phase=phase))

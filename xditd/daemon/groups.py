@@ -1,0 +1,141 @@
+"""A group: the ranks that hold one model under one plan, as the daemon sees them. Knows no process or socket.
+
+The states are in `states.GROUP`. A group is made, becomes ready, serves, and ends once: by leaving, or by
+failing, which kills every rank, because a failure of one poisons the world of all. Its replacement carries the
+same name and the next generation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from xditd.catalog.catalog import Found
+from xditd.daemon import states
+from xditd.daemon.runs import Key
+from xditd.protocol.messages import GroupStatus, ModelRef, RankStatus
+
+PHASES = ("starting", "importing", "joining", "loading", "ready")
+"""The phases of a starting rank, in order."""
+
+
+@dataclass(slots=True)
+class Rank:
+    """One rank process, by what it reported."""
+
+    rank: int
+    device: str
+    pid: int = 0
+    phase: str = "starting"
+    device_memory: int | None = None
+    attention: str = ""
+
+    @property
+    def gone(self) -> bool:
+        return self.phase == "gone"
+
+
+@dataclass(slots=True)
+class Group:
+    """One group of ranks under one plan."""
+
+    name: str
+    generation: int
+    ref: ModelRef
+    found: Found
+    key: Key
+    started: float  # monotonic seconds
+    ranks: list[Rank] = field(default_factory=list)
+    state: str = "starting"
+    ready_after: float | None = None  # seconds from start to ready
+    turns: int = 0  # answered
+    turn: int | None = None  # the order of the turn under way
+    turn_since: float = 0.0  # monotonic seconds
+    problem: str = ""
+    code: str = ""
+    left_at: float | None = None  # monotonic seconds when it was told to leave, or was killed
+    used: float = 0.0  # monotonic seconds of the last turn or binding
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            self.ranks = [Rank(i, device) for i, device in enumerate(self.key.plan.devices)]
+
+    def go(self, event: str) -> None:
+        self.state = states.after(states.GROUP, self.state, event)
+
+    @property
+    def alive(self) -> bool:
+        return self.state in states.GROUP_ALIVE
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return self.key.plan.devices
+
+    @property
+    def phase(self) -> str:
+        """The phase of the slowest rank: what people wait for."""
+        known = [PHASES.index(r.phase) for r in self.ranks if r.phase in PHASES]
+        return PHASES[min(known)] if known else "starting"
+
+    @property
+    def all_ready(self) -> bool:
+        return all(rank.phase == "ready" for rank in self.ranks)
+
+    @property
+    def all_gone(self) -> bool:
+        return all(rank.gone for rank in self.ranks)
+
+    def status(self, runs: int, rss: dict[int, int]) -> GroupStatus:
+        info = self.found.info
+        return GroupStatus(
+            group=self.name,
+            generation=self.generation,
+            state=self.state,
+            model=self.ref,
+            family=info.family,
+            variant=info.variant,
+            dtype=self.key.dtype,
+            plan=self.key.plan,
+            ranks=tuple(
+                RankStatus(
+                    rank=r.rank,
+                    pid=r.pid,
+                    device=r.device,
+                    phase=r.phase,
+                    rss=rss.get(r.pid),
+                    device_memory=r.device_memory,
+                    attention=r.attention,
+                )
+                for r in self.ranks
+            ),
+            runs=runs,
+            turns=self.turns,
+            seconds=self.ready_after,
+            problem=self.problem,
+        )
+
+
+class Restarts:
+    """How often a model may fail: more than `limit` times within `window` seconds, and it is given up.
+
+    An explicit `load` forgives.
+    """
+
+    def __init__(self, limit: int, window: float) -> None:
+        self.limit = limit
+        self.window = window
+        self._failures: dict[Key, deque[float]] = {}
+
+    def failed(self, key: Key, now: float) -> None:
+        self._failures.setdefault(key, deque()).append(now)
+
+    def exhausted(self, key: Key, now: float) -> bool:
+        failures = self._failures.get(key)
+        if failures is None:
+            return False
+        while failures and failures[0] <= now - self.window:
+            failures.popleft()
+        return len(failures) >= self.limit
+
+    def forgive(self, key: Key) -> None:
+        self._failures.pop(key, None)

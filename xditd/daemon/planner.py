@@ -1,0 +1,117 @@
+"""From what was asked to how the model runs: a plan, or a refusal that says what would work.
+
+Pure: it is told the model's facts and the names of the devices. The choice is exact only: sequence parallelism
+(USP), ulysses as far as the heads divide and ring for the rest; a VAE takes one device.
+"""
+
+from __future__ import annotations
+
+import math
+
+from xditd.catalog.families import family
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
+
+EXACT = ("auto", "usp", "hybrid")
+"""Strategies that this version builds, in lower case; all of them mean sequence parallelism for now."""
+
+LATER = ("cfg", "pipefusion", "tensor")
+
+
+def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
+    """The plan for a model.
+
+    Args:
+        request: what was asked; 0 and () leave the planner the choice.
+        info: the model.
+        owned: names of the daemon's devices, in order ("cuda:0", "cuda:1").
+
+    Raises:
+        XditError: `bad_device`, `bad_plan`, or `not_built` for what this version has not.
+    """
+    strategy = request.strategy.lower() or "auto"
+    if strategy in LATER:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"Strategy {request.strategy} is not built in this version; auto, USP and Hybrid (exact) are.",
+        )
+    if strategy not in EXACT:
+        raise XditError(
+            Code.BAD_PLAN, f"There is no strategy {request.strategy!r}; choose auto, USP, Hybrid, CFG, PipeFusion or Tensor."
+        )
+    given = {
+        name: getattr(request, name)
+        for name in ("cfg", "ulysses", "ring", "pipefusion", "tensor")
+        if getattr(request, name)
+    }
+    product = math.prod(given.values())
+    single = not family(info.family).parallel
+    devices = _devices(request.devices, owned, wanted=product if given else (1 if single else len(owned)))
+    if len(devices) % product:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"{_spell(given)} makes {product}, but {len(devices)} device{'s are' if len(devices) > 1 else ' is'} "
+            f"given; the product of the degrees must be the number of devices.",
+        )
+    rest = len(devices) // product
+    degrees = dict(given)
+    if rest > 1:
+        degrees = _fill(degrees, rest, info)
+        if math.prod(degrees.values()) != len(devices):
+            raise XditError(
+                Code.BAD_PLAN,
+                f"{_spell(given)} makes {product}, but {len(devices)} devices are given; leave a degree open or "
+                f"name {product} device{'s' if product > 1 else ''}.",
+            )
+    chosen = Plan(devices=devices, **degrees, reason=_reason(request, degrees, info, len(devices)))
+    family(info.family).check_plan(info, chosen)
+    return chosen
+
+
+def _devices(names: tuple[str, ...], owned: list[str], wanted: int) -> tuple[str, ...]:
+    if not names:
+        if wanted > len(owned):
+            raise XditError(
+                Code.BAD_PLAN,
+                f"The plan needs {wanted} devices, but the daemon owns {len(owned)}: {', '.join(owned)}.",
+            )
+        return tuple(owned[:wanted])
+    resolved = []
+    for name in names:
+        matches = [device for device in owned if name in (device, device.partition(":")[2])]
+        if not matches:
+            raise XditError(Code.BAD_DEVICE, f"The daemon owns no device {name!r}; it owns {', '.join(owned)}.")
+        resolved.append(matches[0])
+    if len(set(resolved)) != len(resolved):
+        raise XditError(Code.BAD_DEVICE, f"A device is named twice in {', '.join(names)}.")
+    return tuple(resolved)
+
+
+def _fill(degrees: dict[str, int], rest: int, info: ModelInfo) -> dict[str, int]:
+    """Gives the devices that no degree speaks for to sequence parallelism, ulysses before ring."""
+    filled = dict(degrees)
+    if "ulysses" not in degrees:
+        heads = info.facts.get("heads", 1)
+        ulysses = max(d for d in range(1, rest + 1) if rest % d == 0 and heads % d == 0)
+        if "ring" in degrees and ulysses != rest:
+            return filled
+        filled["ulysses"] = ulysses
+        rest //= ulysses
+    if "ring" not in degrees:
+        filled["ring"] = rest
+    return filled
+
+
+def _spell(degrees: dict[str, int]) -> str:
+    return " × ".join(f"{name} {degree}" for name, degree in degrees.items()) or "The plan"
+
+
+def _reason(request: PlanRequest, degrees: dict[str, int], info: ModelInfo, devices: int) -> str:
+    if devices == 1:
+        return "one device"
+    if all(getattr(request, name) for name in degrees):
+        return "as asked"
+    heads = info.facts.get("heads", 1)
+    if degrees.get("ring", 1) == 1:
+        return f"exact; ulysses, since {heads} heads divide by {degrees.get('ulysses', 1)}"
+    return f"exact; ulysses as far as {heads} heads divide, ring for the rest"

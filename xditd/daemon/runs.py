@@ -1,0 +1,98 @@
+"""A run: one sampling, from the request that opens it to its one end. Knows no socket, clock or device.
+
+What a run was given (conditioning) and is asked (its request) is kept until it is answered or the run ends, so
+that another group can take over when its own dies: a step is stateless, and a sample begins anew from its noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xditd.catalog.catalog import Found
+from xditd.daemon import states
+from xditd.protocol.messages import Decode, Denoise, Encode, ModelRef, Plan, PutConditioning, RunStatus, Sample
+
+MAX_REBINDS = 2
+"""How often a run is bound anew after its group died, before it fails."""
+
+Work = Denoise | Sample | Decode | Encode
+"""The requests that need turns of a group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What makes two groups interchangeable for a run: the same file, part, dtype and plan."""
+
+    path: str
+    part: str
+    dtype: str
+    plan: Plan
+
+
+@dataclass(slots=True)
+class Asked:
+    """A request under way: its message, its frames, and how many of its turns are done."""
+
+    work: Work
+    frames: Sequence[Any] = ()
+    step: int = 0
+    seconds: float = 0.0  # that its turns took in the ranks
+    begun: bool = False  # a sample's BeginSample went out to the present group
+
+    @property
+    def turns(self) -> int:
+        """Turns it needs in all: a sample's steps, or one."""
+        return len(self.work.sigmas) - 1 if isinstance(self.work, Sample) else 1
+
+    def begin_anew(self) -> None:
+        self.step = 0
+        self.begun = False
+
+
+@dataclass(slots=True)
+class Run:
+    """One run. `peer` is the ZeroMQ identity of its client."""
+
+    id: int
+    peer: bytes
+    client: str
+    ref: ModelRef
+    found: Found
+    key: Key
+    opened: float  # monotonic seconds
+    reopen: int  # id of the OpenRun that asked for it
+    label: str = ""
+    state: str = "queued"
+    group: str = ""
+    asked: Asked | None = None
+    conditioning: dict[str, tuple[PutConditioning, Sequence[Any]]] = field(default_factory=dict)
+    rebinds: int = 0
+    announced: bool = False  # RunOpened was sent
+    leaving: str = ""  # it ends with the turn that it is in: why
+    touched: float = 0.0  # monotonic seconds of the last request or answer
+
+    def go(self, event: str) -> None:
+        self.state = states.after(states.RUN, self.state, event)
+
+    @property
+    def over(self) -> bool:
+        return self.state in states.RUN_OVER
+
+    def status(self, now: float, position: int) -> RunStatus:
+        asked = self.asked
+        total = asked.turns if asked and isinstance(asked.work, Sample) else 0
+        return RunStatus(
+            run=self.id,
+            state=self.state,
+            model=self.ref,
+            group=self.group,
+            label=self.label,
+            client=self.client,
+            step=asked.step if asked else 0,
+            total=total,
+            position=position,
+            age=round(now - self.opened, 3),
+            rebinds=self.rebinds,
+        )

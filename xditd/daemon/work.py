@@ -1,0 +1,74 @@
+"""What a client's request becomes: the orders that its turns send to the ranks, and the answer they add up to."""
+
+from __future__ import annotations
+
+from xditd.daemon.runs import Asked
+from xditd.protocol import messages as m
+from xditd.protocol import orders as o
+from xditd.protocol.errors import Code
+
+Answer = m.Denoised | m.Sampled | m.Decoded | m.Encoded
+Turn = o.TurnDenoise | o.TurnSample | o.TurnDecode | o.TurnEncode
+
+
+def begin(run: int, work: m.Sample) -> o.BeginSample:
+    """The order before a sample's first turn."""
+    return o.BeginSample(
+        run=run,
+        sampler=work.sampler,
+        sigmas=work.sigmas,
+        noise=work.noise,
+        latent=work.latent,
+        conditioning=work.conditioning,
+        negative=work.negative,
+        cfg=work.cfg,
+        out=work.out,
+        previews=work.previews,
+        preview_frames=work.preview_frames,
+    )
+
+
+def turn(order: int, run: int, asked: Asked) -> Turn:
+    """The order of a request's next turn."""
+    work = asked.work
+    if isinstance(work, m.Denoise):
+        return o.TurnDenoise(order=order, run=run, items=work.items)
+    if isinstance(work, m.Sample):
+        return o.TurnSample(order=order, run=run, step=asked.step)
+    if isinstance(work, m.Decode):
+        return o.TurnDecode(order=order, run=run, latent=work.latent, out=work.out)
+    return o.TurnEncode(order=order, run=run, image=work.image, out=work.out)
+
+
+def progress(run: int, asked: Asked, work: m.Sample, report: o.TurnDone) -> m.Progress:
+    """The event after a sample's turn."""
+    return m.Progress(
+        re=work.id,
+        run=run,
+        step=asked.step,
+        total=asked.turns,
+        sigma=work.sigmas[asked.step],
+        preview=report.preview,
+    )
+
+
+def answer(asked: Asked, report: o.TurnDone) -> Answer:
+    """The answer after a request's last turn."""
+    work, seconds = asked.work, asked.seconds
+    if isinstance(work, m.Denoise):
+        return m.Denoised(re=work.id, outputs=report.outputs, seconds=seconds)
+    (output,) = report.outputs
+    if isinstance(work, m.Sample):
+        return m.Sampled(re=work.id, latent=output, steps=asked.turns, seconds=seconds)
+    if isinstance(work, m.Decode):
+        return m.Decoded(re=work.id, image=output, seconds=seconds)
+    return m.Encoded(re=work.id, latent=output, seconds=seconds)
+
+
+def failed(request: int | None, code: Code | str, message: str) -> m.Failed:
+    return m.Failed(re=request, code=spell(code), message=message)
+
+
+def spell(code: Code | str) -> str:
+    """The code as it travels."""
+    return code.value if isinstance(code, Code) else code
