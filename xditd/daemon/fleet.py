@@ -24,6 +24,9 @@ from xditd.protocol.errors import Code, XditError
 LOST = frozenset({Code.RANK_LOST.value, Code.DEADLINE_EXCEEDED.value})
 """Codes of a group whose ranks died or hung. Another group may well do what this one could not."""
 
+_NEAREST = ("ready", "starting", "failed", "leaving", "gone")
+"""States by how soon a group in them, or its replacement, serves."""
+
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
@@ -90,7 +93,7 @@ class Fleet:
         """
         present = [group for group in self.groups.values() if group.key == key]
         if present:
-            return min(present, key=lambda group: ("ready", "starting", "failed", "leaving").index(group.state))
+            return min(present, key=lambda group: _NEAREST.index(group.state))
         if self.restarts.exhausted(key, now):
             raise XditError(
                 Code.MODEL_FAILED,
@@ -164,7 +167,6 @@ class Fleet:
             self.fail(group, Code.RANK_LOST, f"Rank {rank} (pid {group.ranks[rank].pid}) {how}", now)
         if group.all_gone and group.state in ("leaving", "failed"):
             group.go("ranks_gone")
-            del self.groups[group.name]
             self.listener.group_gone(group, now)
             self._replace(group, now)
 
@@ -196,6 +198,9 @@ class Fleet:
                 if now - group.turn_since > allowed:
                     problem = f"A turn took longer than {allowed:g} s (deadlines.turn): a rank hangs"
                     self.fail(group, Code.DEADLINE_EXCEEDED, problem, now)
+            elif group.state == "gone":
+                if group.restart_at is not None and now >= group.restart_at:
+                    self._start(group.name, group.generation + 1, group.ref, group.found, group.key, now)
             elif group.left_at is not None and now - group.left_at > limit.leave:
                 group.left_at = now
                 self.ports.kill(group)
@@ -209,13 +214,18 @@ class Fleet:
         return group
 
     def _replace(self, group: Group, now: float) -> None:
-        """Its ranks are gone: if somebody waits for it, the next generation starts."""
-        if not self.listener.wanted(group) and not self._waiters.get(group.name):
-            return
+        """Its ranks are gone: if somebody waits for it, the next generation starts, after a while if need be."""
+        group.restart_at = None
         if self.closed:
+            del self.groups[group.name]
             self._give_up(group, Code.STOPPING, now)
+        elif not self.listener.wanted(group) and not self._waiters.get(group.name):
+            del self.groups[group.name]
         elif self.restarts.exhausted(group.key, now):
+            del self.groups[group.name]
             self._give_up(group, Code.MODEL_FAILED, now)
+        elif delay := self.restarts.delay(group.key):
+            group.restart_at = now + delay
         else:
             self._start(group.name, group.generation + 1, group.ref, group.found, group.key, now)
 

@@ -54,6 +54,7 @@ class Group:
     problem: str = ""
     code: str = ""
     left_at: float | None = None  # monotonic seconds when it was told to leave, or was killed
+    restart_at: float | None = None  # monotonic seconds when a gone group's next generation starts
     used: float = 0.0  # monotonic seconds of the last turn or binding
 
     def __post_init__(self) -> None:
@@ -116,14 +117,16 @@ class Group:
 
 
 class Restarts:
-    """How often a model may fail: more than `limit` times within `window` seconds, and it is given up.
+    """How often a model may fail: after `limit` times within `window` seconds it is given up.
 
-    An explicit `load` forgives.
+    The first new try comes at once, the next after `backoff` seconds, doubled each time. An explicit `load`
+    forgives.
     """
 
-    def __init__(self, limit: int, window: float) -> None:
+    def __init__(self, limit: int, window: float, backoff: float = 0.0) -> None:
         self.limit = limit
         self.window = window
+        self.backoff = backoff
         self._failures: dict[Key, deque[float]] = {}
 
     def failed(self, key: Key, now: float) -> None:
@@ -136,6 +139,11 @@ class Restarts:
         while failures and failures[0] <= now - self.window:
             failures.popleft()
         return len(failures) >= self.limit
+
+    def delay(self, key: Key) -> float:
+        """Seconds to wait before the next try."""
+        failures = len(self._failures.get(key, ()))
+        return 0.0 if failures < 2 else self.backoff * 2.0 ** (failures - 2)
 
     def forgive(self, key: Key) -> None:
         self._failures.pop(key, None)

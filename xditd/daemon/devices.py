@@ -1,0 +1,145 @@
+"""The devices that the daemon owns, and what the hardware tells of them. Without torch: NVML for GPUs, psutil for a CPU.
+
+GPUs are named by their index in PCI order, the order of nvidia-smi; ranks are started with
+CUDA_DEVICE_ORDER=PCI_BUS_ID so that "cuda:1" is the same card here, there and in ComfyUI.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import DeviceStatus
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device. `handle` is NVML's, None for a CPU rank."""
+
+    name: str
+    model: str
+    uuid: str = ""
+    handle: Any = None
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.name.startswith("cuda")
+
+
+def own(kind: str, use: Sequence[str], cpu_ranks: int) -> list[Device]:
+    """The devices that the configuration names.
+
+    Args:
+        kind: "auto" (GPUs where there are any), "cuda" or "cpu".
+        use: GPUs by index or UUID; empty is all.
+        cpu_ranks: how many "devices" a CPU stands for.
+
+    Raises:
+        XditError: `bad_config` where a named GPU is not there.
+    """
+    if kind != "cpu":
+        gpus = _gpus()
+        if gpus:
+            return _choose(gpus, use)
+        if kind == "cuda" or use:
+            raise XditError(
+                Code.BAD_CONFIG,
+                "The configuration asks for GPUs, but NVML sees none; check `nvidia-smi`, the driver, and that "
+                "nvidia-ml-py is installed (pip install 'xditd[daemon]').",
+            )
+    return [Device(f"cpu:{index}", "CPU") for index in range(cpu_ranks)]
+
+
+def status(devices: Sequence[Device], busy: set[str]) -> tuple[DeviceStatus, ...]:
+    """What the hardware tells now. A figure that it does not tell is None."""
+    return tuple(_status(device, device.name in busy) for device in devices)
+
+
+def free_memory(device: Device) -> int | None:
+    """Bytes free on a GPU; None for a CPU, whose memory is the machine's."""
+    if device.handle is None:
+        return None
+    import pynvml
+
+    return int(pynvml.nvmlDeviceGetMemoryInfo(device.handle).free)
+
+
+def _gpus() -> list[Device]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception as error:  # not installed, no driver, no permission: each means "no GPU that we could use"
+        log.debug("No GPUs: %s.", error)
+        return []
+    gpus = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+        gpus.append(Device(f"cuda:{index}", _text(name), _text(uuid), handle))
+    return gpus
+
+
+def _choose(gpus: list[Device], use: Sequence[str]) -> list[Device]:
+    if not use:
+        return gpus
+    chosen = []
+    for wanted in use:
+        matches = [g for g in gpus if wanted in (g.name, g.name.partition(":")[2], g.uuid)]
+        if not matches:
+            there = ", ".join(f"{g.name} ({g.model}, {g.uuid})" for g in gpus)
+            raise XditError(Code.BAD_CONFIG, f"devices.use names GPU {wanted!r}, but there are: {there}.")
+        if matches[0] in chosen:
+            raise XditError(Code.BAD_CONFIG, f"devices.use names GPU {wanted!r} twice.")
+        chosen.append(matches[0])
+    return chosen
+
+
+def _status(device: Device, busy: bool) -> DeviceStatus:
+    if device.handle is None:
+        memory = psutil.virtual_memory()
+        return DeviceStatus(
+            name=device.name,
+            model=device.model,
+            memory_total=memory.total,
+            memory_used=memory.total - memory.available,
+            busy=busy,
+        )
+    import pynvml as nv
+
+    handle = device.handle
+    memory = _told(nv.nvmlDeviceGetMemoryInfo, handle)
+    power = _told(nv.nvmlDeviceGetPowerUsage, handle)
+    rates = _told(nv.nvmlDeviceGetUtilizationRates, handle)
+    return DeviceStatus(
+        name=device.name,
+        model=device.model,
+        uuid=device.uuid,
+        memory_total=int(memory.total) if memory else None,
+        memory_used=int(memory.used) if memory else None,
+        temperature=_told(nv.nvmlDeviceGetTemperature, handle, nv.NVML_TEMPERATURE_GPU),
+        power=power / 1000 if power is not None else None,
+        utilization=int(rates.gpu) if rates else None,
+        busy=busy,
+    )
+
+
+def _told(ask: Any, *arguments: Any) -> Any:
+    """What NVML answers, or None: many figures are not supported on many cards."""
+    import pynvml
+
+    try:
+        return ask(*arguments)
+    except pynvml.NVMLError:
+        return None
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

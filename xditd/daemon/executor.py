@@ -1,0 +1,141 @@
+"""Rank processes on this machine: started, watched through pidfds, killed. Knows nothing of what ranks compute.
+
+A rank cannot outlive the daemon: it asks the kernel to be killed with its parent (PR_SET_PDEATHSIG), which is
+tied to the thread that spawned it; so ranks are spawned from the main thread, where the event loop runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from xditd.protocol.orders import RankSpec
+
+log = logging.getLogger("xditd.rank")
+
+LAST_LINES = 20
+"""Lines of a rank's output that are kept to explain its end."""
+
+
+@dataclass(slots=True)
+class Process:
+    """One rank process. `arena` is the socket on which rank 0 gets segments' descriptors."""
+
+    group: str
+    rank: int
+    popen: subprocess.Popen[bytes]
+    pidfd: int
+    arena: socket.socket | None
+    output: int  # descriptor of its stdout and stderr
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    rest: bytes = b""  # of a line that has not ended
+
+
+Gone = Callable[[str, int, int, str], None]
+"""Called with (group, rank, pid, how it ended) once for every process."""
+
+
+class LocalExecutor:
+    """The rank processes of this daemon, by (group, rank)."""
+
+    def __init__(self, gone: Gone) -> None:
+        self.gone = gone
+        self.processes: dict[tuple[str, int], Process] = {}
+        self._loop = asyncio.get_running_loop()
+
+    def spawn(self, spec: RankSpec, environment: Mapping[str, str]) -> Process:
+        """Starts one rank. Its standard input carries the spec."""
+        ours = theirs = None
+        if spec.rank == 0:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            spec = msgspec.structs.replace(spec, arena_fd=theirs.fileno())
+        reader, writer = os.pipe()
+        popen = subprocess.Popen(
+            [sys.executable, "-m", "xditd.rank"],
+            stdin=subprocess.PIPE,
+            stdout=writer,
+            stderr=writer,
+            pass_fds=(theirs.fileno(),) if theirs is not None else (),
+            env={**os.environ, **environment},
+        )
+        os.close(writer)
+        if theirs is not None:
+            theirs.close()
+        assert popen.stdin is not None
+        try:
+            popen.stdin.write(msgspec.json.encode(spec))  # far below a pipe's capacity: does not block
+            popen.stdin.close()
+        except BrokenPipeError:
+            pass  # it is dead already: its pidfd will say so
+        os.set_blocking(reader, False)
+        process = Process(spec.group, spec.rank, popen, os.pidfd_open(popen.pid), ours, reader)
+        self.processes[spec.group, spec.rank] = process
+        self._loop.add_reader(process.pidfd, self._ended, process)
+        self._loop.add_reader(reader, self._read_output, process)
+        return process
+
+    def of(self, group: str) -> list[Process]:
+        return [process for (name, _), process in self.processes.items() if name == group]
+
+    def kill(self, group: str) -> None:
+        """SIGKILL to every rank of the group; `gone` follows for each."""
+        for process in self.of(group):
+            if process.popen.poll() is None:
+                process.popen.send_signal(signal.SIGKILL)
+
+    def reap(self, group: str) -> None:
+        """Notices at once those ranks of the group that are dead already."""
+        for process in self.of(group):
+            if process.popen.poll() is not None:
+                self._ended(process)
+
+    def last_words(self, group: str, rank: int) -> str:
+        process = self.processes.get((group, rank))
+        return "\n".join(process.lines) if process else ""
+
+    def close(self) -> None:
+        """Kills and reaps whatever is left."""
+        for process in list(self.processes.values()):
+            process.popen.kill()
+            process.popen.wait()
+            self._ended(process)
+
+    def _ended(self, process: Process) -> None:
+        if self.processes.pop((process.group, process.rank), None) is None:
+            return
+        self._loop.remove_reader(process.pidfd)
+        os.close(process.pidfd)
+        self._read_output(process)
+        self._loop.remove_reader(process.output)
+        os.close(process.output)
+        if process.arena is not None:
+            process.arena.close()
+        code = process.popen.wait()
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"exited with code {code}"
+        self.gone(process.group, process.rank, process.popen.pid, how)
+
+    def _read_output(self, process: Process) -> None:
+        """A rank's lines become ours, with its name on them."""
+        try:
+            while chunk := os.read(process.output, 65536):
+                *lines, process.rest = (process.rest + chunk).split(b"\n")
+                for line in lines:
+                    text = line.decode(errors="replace")[:2000]
+                    process.lines.append(text)
+                    log.info("%s", text, extra={"group": process.group, "rank": process.rank})
+        except BlockingIOError:
+            return
+        self._loop.remove_reader(process.output)  # end of file: it closed its output, or has ended
