@@ -7,7 +7,6 @@ documented in systemd/xditd.toml.example and docs/configuration.md; a test holds
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from xditd.daemon.config_file import merge, nest, read_toml, resolve, sentence
+from xditd.protocol import endpoints
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelRef, PlanRequest
 
@@ -170,7 +170,18 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     debug: Debug = field(default_factory=Debug)
 
     def __post_init__(self) -> None:
-        check_endpoint(self.endpoint, allow_tcp=self.allow_insecure_tcp)
+        if not self.endpoint:
+            return
+        try:
+            endpoints.parse(self.endpoint, "the configured one")
+        except XditError as error:
+            raise ValueError(f"endpoint: {error.message.rstrip('.')}") from error
+        if self.endpoint.startswith("tcp://") and not self.allow_insecure_tcp:
+            raise ValueError(
+                f"endpoint {self.endpoint!r} would let everybody who can reach it use this machine: tcp has no "
+                "encryption or authentication yet. Use ipc:///path, or set allow_insecure_tcp = true on a "
+                "network that you trust"
+            )
 
 
 def load_config(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -194,32 +205,3 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any
         return msgspec.convert(plain, Config)
     except msgspec.ValidationError as error:
         raise XditError(Code.BAD_CONFIG, f"{where}: {sentence(str(error))}.") from error
-
-
-def check_endpoint(endpoint: str, *, allow_tcp: bool) -> None:
-    """Refuses an endpoint that cannot or must not be bound.
-
-    Raises:
-        ValueError: with the reason and what would work.
-    """
-    if not endpoint:
-        return
-    if endpoint.startswith("tcp://"):
-        if not allow_tcp:
-            raise ValueError(
-                f"endpoint {endpoint!r} would let everybody who can reach it use this machine: tcp has no "
-                "encryption or authentication yet. Use ipc:///path, or set allow_insecure_tcp = true on a "
-                "network you trust"
-            )
-        if not re.fullmatch(r"tcp://[^/]+:(\d{1,5}|\*)", endpoint):
-            raise ValueError(f"endpoint {endpoint!r} is not tcp://address:port")
-        return
-    if not endpoint.startswith("ipc:///"):
-        raise ValueError(
-            f"endpoint {endpoint!r} is neither ipc:///absolute/path nor tcp://address:port with "
-            "allow_insecure_tcp = true"
-        )
-    if len(os.fsencode(endpoint[len("ipc://") :])) > 100:
-        raise ValueError(
-            f"endpoint {endpoint!r} has a longer path than a Unix socket may have (100 bytes): choose a shorter one"
-        )
