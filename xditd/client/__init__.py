@@ -1,0 +1,6 @@
+"""The client: blocking, for any thread of any program. `from xditd.client import Client`. Imports no torch."""
+
+from xditd.client.client import Client
+from xditd.client.run import Run
+
+__all__ = ["Client", "Run"]
