@@ -71,8 +71,7 @@ def receive(sock: socket.socket, union: Any, timeout: float) -> tuple[Any, int |
             )
         if flags & socket.MSG_TRUNC:
             raise XditError(Code.TOO_LARGE, f"A record is over the limit of {records.MAX_RECORD} bytes.")
-        known = codec.tags(union) if hasattr(union, "__args__") else {union.__struct_config__.tag}
-        return codec.decode(raw, union, known), fd
+        return codec.decode(raw, union, codec.tags(union)), fd
     except BaseException:
         for other in fds:
             os.close(other)

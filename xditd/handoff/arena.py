@@ -1,0 +1,127 @@
+"""A client's arena: its lease, the segments of it, and the slots in them. For any thread. It knows no tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections import deque
+from functools import lru_cache
+
+from xditd.handoff.lease import Lease
+from xditd.handoff.segments import Segment
+from xditd.handoff.slots import Slots
+from xditd.protocol.errors import Code, XditError
+
+
+class Slot:
+    """A piece of a segment that is the taker's until it is given back, or lent and the borrowers are gone.
+
+    Attributes:
+        segment, offset, nbytes: where it is, as a `Tensor` says it.
+        memory: its bytes, writable.
+    """
+
+    __slots__ = ("memory", "nbytes", "offset", "segment")
+
+    def __init__(self, segment: int, offset: int, nbytes: int, memory: memoryview) -> None:
+        self.segment = segment
+        self.offset = offset
+        self.nbytes = nbytes
+        self.memory = memory
+
+
+class Arena:
+    """Slots out of a lease's segments, growing by another segment where none fits.
+
+    Args:
+        lease: taken over: closing the arena ends it.
+    """
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self._slots = Slots()
+        self._segments: dict[int, Segment] = {}
+        self._lock = threading.Lock()
+        # A finalizer runs in any thread and at any allocation, also while this thread holds the lock: what is given
+        # back is queued here without one and joined by the next `take`.
+        self._returned: deque[tuple[int, int]] = deque()
+        self._add(*lease.first)
+
+    def take(self, nbytes: int) -> Slot:
+        """A slot of that many bytes.
+
+        Raises:
+            XditError: `arena_exhausted` where the daemon grants no more memory, `daemon_lost`.
+        """
+        with self._lock:
+            self._collect()
+            place = self._slots.take(nbytes)
+            if place is None:
+                place = self._grow(nbytes)
+            segment, offset = place
+            return Slot(segment, offset, nbytes, self._segments[segment].view(offset, nbytes))
+
+    def give(self, slot: Slot) -> None:
+        """Takes a slot back. Once only, and not if it was lent."""
+        self._returned.append((slot.segment, slot.offset))
+
+    def lend(self, slot: Slot) -> ctypes.Array[ctypes.c_ubyte]:
+        """The slot's bytes as an object whose death, with that of every view of it, gives the slot back.
+
+        A ctypes array and no memoryview: a slice of a memoryview does not keep the memoryview that it is of.
+        """
+        lent = _bytes(slot.nbytes).from_buffer(slot.memory)
+        weakref.finalize(lent, self._returned.append, (slot.segment, slot.offset)).atexit = False
+        return lent
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of all segments."""
+        return self._slots.capacity
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of the slots that somebody has."""
+        with self._lock:
+            self._collect()
+            return self._slots.in_use
+
+    def close(self) -> None:
+        """Ends the lease. Memory is unmapped when its last view is gone; slots can be given back, but not taken."""
+        self.lease.close()
+        with self._lock:
+            for segment in self._segments.values():
+                segment.close()
+
+    def _add(self, segment_id: int, segment: Segment) -> None:
+        self._segments[segment_id] = segment
+        self._slots.add(segment_id, segment.nbytes)
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._slots.give(*self._returned.popleft())
+
+    def _grow(self, nbytes: int) -> tuple[int, int]:
+        try:
+            self._add(*self.lease.grow(max(nbytes, 1)))
+        except XditError as error:
+            if error.code != Code.ARENA_EXHAUSTED:
+                raise
+            raise XditError(
+                Code.ARENA_EXHAUSTED,
+                f"No {nbytes} bytes of shared memory are free: {self._slots.in_use} of {self._slots.capacity} are in "
+                f"use by tensors that this program still holds. {error.message} Let go of results, or clone them.",
+                asked=nbytes,
+                in_use=self._slots.in_use,
+                capacity=self._slots.capacity,
+            ) from error
+        place = self._slots.take(nbytes)
+        if place is None:
+            raise XditError(Code.BAD_MESSAGE, f"The daemon granted a segment smaller than {nbytes} bytes.")
+        return place
+
+
+@lru_cache(maxsize=256)
+def _bytes(nbytes: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+    return ctypes.c_ubyte * nbytes
