@@ -1,0 +1,404 @@
+"""Arenas: the shared memory of every client, from the daemon's side. It touches no tensor bytes and maps nothing.
+
+Each connection to the arena socket is a lease: it opens with a token and a first segment, may grow, and its end of
+file frees all of it. The server claims a lease when its token comes in a `Hello`, and passes its segments to ranks.
+It knows no runs and no ZeroMQ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import logging
+import mmap
+import os
+import resource
+import secrets
+import socket
+import stat
+import struct
+from collections.abc import Callable
+
+from xditd.handoff import passing, records, segments
+from xditd.protocol.errors import Code, XditError
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 128
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class Arena:
+    """One client's shared memory.
+
+    Attributes:
+        token: the nonce that the client presents in `Hello`.
+        pid, uid: of the process that connected, as the kernel tells.
+        segments: bytes of each segment by its id; still readable when the lease has ended.
+    """
+
+    __slots__ = ("_fds", "_sock", "claimed", "growing", "pid", "segments", "token", "uid")
+
+    def __init__(self, sock: socket.socket, pid: int, uid: int) -> None:
+        self.token = secrets.token_hex(16)
+        self.pid = pid
+        self.uid = uid
+        self.segments: dict[int, int] = {}
+        self.claimed = False
+        self.growing: asyncio.Task[None] | None = None
+        self._fds: dict[int, int] = {}
+        self._sock = sock
+
+    def fd(self, segment_id: int) -> int:
+        """The descriptor of a segment, to be passed on; it stays the arena's.
+
+        Raises:
+            XditError: `bad_slot` for a segment that this arena does not have, or no longer has.
+        """
+        try:
+            return self._fds[segment_id]
+        except KeyError:
+            raise XditError(
+                Code.BAD_SLOT, "The segment is not one of this client's, or the client is gone."
+            ) from None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its segments."""
+        return sum(self.segments.values())
+
+
+class Arenas:
+    """Every client's arena, under a budget for each and for all.
+
+    Args:
+        path: the arena socket. A stale one is replaced: see to it that no other daemon runs before `start`.
+        per_client_bytes: at most, of one client.
+        total_bytes: at most, of all clients.
+        first_bytes: of the segment that a lease opens with, and the least that it grows by while its budget allows.
+        on_gone: called with the token, exactly once, when a claimed lease ended by itself. Not for a lease that
+            nobody claimed, nor after `release` or `close`.
+        max_descriptors: at most, of all arenas: connections and segments; 0 is half of what the process may open.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        per_client_bytes: int,
+        total_bytes: int,
+        first_bytes: int,
+        on_gone: Callable[[str], None],
+        max_descriptors: int = 0,
+    ) -> None:
+        self._path = path
+        self._per_client = per_client_bytes
+        self._total = total_bytes
+        self._first = _pages(first_bytes)
+        self._on_gone = on_gone
+        self._max_descriptors = max_descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        self._ids = itertools.count(1)
+        self._arenas: dict[str, Arena] = {}
+        self._reserved = 0  # bytes of all segments, those being made too
+        self._descriptors = 0
+        self._listener: socket.socket | None = None
+        self._spare = -1
+        self._inode = (0, 0)
+
+    async def start(self) -> None:
+        """Listens. Clients may connect from here on.
+
+        Raises:
+            XditError: `bad_config` where the path can not be a socket.
+        """
+        listener = socket.socket(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        )
+        try:
+            _clear_stale(self._path)
+            listener.bind(self._path)
+            os.chmod(self._path, 0o660)  # before listen: nobody can connect under other rights
+            listener.listen(_BACKLOG)
+            found = os.stat(self._path)
+        except OSError as error:
+            listener.close()
+            raise XditError(
+                Code.BAD_CONFIG,
+                f"Cannot listen on {self._path}: {error.strerror or error}. Name a path in a folder that exists and "
+                "that this user may write to.",
+            ) from error
+        except BaseException:
+            listener.close()
+            raise
+        self._inode = (found.st_dev, found.st_ino)
+        self._listener = listener
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
+
+    async def close(self) -> None:
+        """Ends every lease and removes the socket. `on_gone` is not called."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            asyncio.get_running_loop().remove_reader(listener.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                found = os.stat(self._path)
+                if (found.st_dev, found.st_ino) == self._inode:  # not another daemon's by now
+                    os.unlink(self._path)
+            listener.close()
+            os.close(self._spare)
+        growing = [arena.growing for arena in self._arenas.values() if arena.growing is not None]
+        for arena in list(self._arenas.values()):
+            self._end(arena)
+        await asyncio.gather(*growing, return_exceptions=True)
+
+    def claim(self, token: str) -> Arena:
+        """The arena of a token that came in a `Hello`; once.
+
+        Raises:
+            XditError: `not_permitted` for a token that is unknown or was claimed before.
+        """
+        arena = self._arenas.get(token)
+        if arena is None or arena.claimed:
+            raise XditError(
+                Code.NOT_PERMITTED,
+                "The token is none of a living client that has not said hello; connect to the arena socket anew.",
+            )
+        arena.claimed = True
+        return arena
+
+    def release(self, token: str) -> None:
+        """Ends a lease from the daemon's side; nothing happens where it has ended already."""
+        arena = self._arenas.get(token)
+        if arena is not None:
+            self._end(arena)
+
+    @property
+    def in_use_bytes(self) -> int:
+        """Bytes of all clients' segments."""
+        return self._reserved
+
+    def list(self) -> list[Arena]:
+        """The arenas that live now, claimed or not."""
+        return list(self._arenas.values())
+
+    # ------------------------------------------------------------------------------------------- connections
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionError:
+                continue
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._turn_away():
+                    continue
+                log.error("The arena socket takes no connections: %s.", error.strerror)
+                self._pause()
+                return
+            self._open(sock)
+
+    def _turn_away(self) -> bool:
+        """Out of descriptors: spends the spare one to refuse a client, which would otherwise wait unanswered."""
+        assert self._listener is not None
+        if self._spare < 0:
+            return False
+        os.close(self._spare)
+        self._spare = -1
+        try:
+            sock, _ = self._listener.accept()
+            with sock:
+                _refuse(sock, _no_descriptors())
+        except OSError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        log.warning("A client was turned away: no file descriptors are left.")
+        return True
+
+    def _pause(self) -> None:
+        """Stops accepting for a second: a listener that can not accept stays readable and would spin."""
+        listener = self._listener
+        assert listener is not None
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener.fileno())
+
+        def resume() -> None:
+            if self._listener is listener:
+                if self._spare < 0:
+                    with contextlib.suppress(OSError):
+                        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                loop.add_reader(listener.fileno(), self._accept)
+
+        loop.call_later(1.0, resume)
+
+    def _open(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        pid, uid, _ = _CREDENTIALS.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        if self._descriptors + 2 > self._max_descriptors:
+            _refuse(sock, _no_descriptors())
+            sock.close()
+            return
+        arena = Arena(sock, pid, uid)
+        self._arenas[arena.token] = arena
+        self._descriptors += 1
+        arena.growing = asyncio.create_task(self._grow(arena, self._first))
+
+    def _readable(self, arena: Arena) -> None:
+        try:
+            raw = arena._sock.recv(
+                records.MAX_RECORD + 1
+            )  # recv: descriptors that a client sends are not taken
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            raw = b""
+        if not raw:
+            self._end(arena, told=True)
+            return
+        try:
+            if len(raw) > records.MAX_RECORD:
+                raise XditError(Code.TOO_LARGE, f"A record is over the limit of {records.MAX_RECORD} bytes.")
+            grow: records.Grow = passing.codec.decode(raw, records.Grow, passing.codec.tags(records.Grow))
+        except XditError as error:
+            log.warning("Process %d (uid %d) broke the arena exchange: %s", arena.pid, arena.uid, error)
+            _refuse(arena._sock, error)
+            self._end(arena, told=True)
+            return
+        # One at a time: its connection is read again when this is answered.
+        asyncio.get_running_loop().remove_reader(arena._sock.fileno())
+        arena.growing = asyncio.create_task(self._grow(arena, grow.nbytes))
+
+    # ------------------------------------------------------------------------------------------------ segments
+
+    async def _grow(self, arena: Arena, nbytes: int) -> None:
+        """Makes a segment, off the event loop, and sends it; or says why not."""
+        try:
+            size = self._reserve(arena, nbytes)
+        except XditError as error:
+            self._answer_refused(arena, error)
+            return
+        fd = -1
+        try:
+            fd = await asyncio.to_thread(segments.create, size)
+        except XditError as error:
+            self._give_back(size)
+            self._answer_refused(arena, error)
+            return
+        except BaseException:
+            self._give_back(size)
+            raise
+        if arena.token not in self._arenas:  # it ended while the segment was made
+            os.close(fd)
+            self._give_back(size)
+            return
+        segment_id = next(self._ids)
+        opening = not arena.segments
+        arena.segments[segment_id] = size
+        arena._fds[segment_id] = fd
+        record: records.Leased | records.Segment
+        if opening:
+            record = records.Leased(
+                version=records.VERSION, token=arena.token, segment=segment_id, nbytes=size
+            )
+        else:
+            record = records.Segment(segment=segment_id, nbytes=size)
+        try:
+            passing.send(arena._sock, record, fd)
+        except OSError as error:
+            log.info("Process %d did not take its segment: %s.", arena.pid, error.strerror)
+            self._end(arena, told=True)
+            return
+        self._listen(arena)
+
+    def _reserve(self, arena: Arena, nbytes: int) -> int:
+        """Bytes to make the segment of: the common size where the budgets allow it, else what was asked."""
+        held = arena.nbytes
+        left = min(self._per_client - held, self._total - self._reserved)
+        size = max(_pages(nbytes), self._first)
+        if size > left:
+            size = _pages(nbytes)
+        if self._descriptors + 1 > self._max_descriptors:
+            raise _no_descriptors()
+        if size > left:
+            if held + size > self._per_client:
+                why = f"a client may have {self._per_client} bytes and this one has {held}"
+            else:
+                why = f"all clients together may have {self._total} bytes and have {self._reserved}"
+            raise XditError(
+                Code.ARENA_EXHAUSTED,
+                f"A segment of {nbytes} bytes is more than the daemon grants: {why}. Raise the arena limits in the "
+                "daemon's configuration, or close clients.",
+            )
+        self._reserved += size
+        self._descriptors += 1
+        return size
+
+    def _give_back(self, size: int) -> None:
+        self._reserved -= size
+        self._descriptors -= 1
+
+    def _answer_refused(self, arena: Arena, error: XditError) -> None:
+        if arena.token not in self._arenas:
+            return
+        sent = _refuse(arena._sock, error)
+        if sent and arena.segments:
+            self._listen(arena)
+        else:  # it has nothing to live on, or does not read
+            self._end(arena, told=True)
+
+    def _listen(self, arena: Arena) -> None:
+        arena.growing = None
+        asyncio.get_running_loop().add_reader(arena._sock.fileno(), self._readable, arena)
+
+    def _end(self, arena: Arena, told: bool = False) -> None:
+        """The one place where a lease ends."""
+        if self._arenas.pop(arena.token, None) is None:
+            return
+        asyncio.get_running_loop().remove_reader(arena._sock.fileno())
+        arena._sock.close()
+        self._descriptors -= 1
+        for segment_id, fd in arena._fds.items():
+            os.close(fd)
+            self._give_back(arena.segments[segment_id])
+        arena._fds.clear()
+        if told and arena.claimed:
+            self._on_gone(arena.token)
+
+
+def _refuse(sock: socket.socket, error: XditError) -> bool:
+    code = error.code.value if isinstance(error.code, Code) else error.code
+    try:
+        passing.send(sock, records.Refused(code=code, message=error.message))
+    except OSError:
+        return False  # it is gone or does not read: its end of file is dealt with where it is read
+    return True
+
+
+def _no_descriptors() -> XditError:
+    return XditError(
+        Code.ARENA_EXHAUSTED,
+        "The daemon has no file descriptors left for another client or segment. Close clients, or raise LimitNOFILE= "
+        "of its unit.",
+    )
+
+
+def _pages(nbytes: int) -> int:
+    return max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
+
+
+def _clear_stale(path: str) -> None:
+    """Removes a socket that a killed daemon left; refuses to remove anything else."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise XditError(Code.BAD_CONFIG, f"{path} exists and is no socket; name another path or remove it.")
+    os.unlink(path)
