@@ -1,0 +1,257 @@
+"""The catalog: from a model's name to its file and what it is, and the list of all there are.
+
+Reads headers alone and keeps what they said for as long as the file stays the same. Touches the file system, so
+an event loop calls it in a thread; it may be called from several. Knows no device, run or group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from xditd.catalog.detection import Recognised, recognise
+from xditd.catalog.header import read_header
+from xditd.catalog.roots import ModelFile, Roots, canonical
+from xditd.catalog.sentences import shown
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import ModelInfo, ModelRef, SkippedFile
+from xditd.protocol.tensors import FLOATS
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "diffusion_models": ("transformer",),
+    "checkpoints": ("transformer", "vae"),
+    "vae": ("vae",),
+}
+"""By kind: the parts that its files may have; the first is what an empty part means."""
+
+ECHO = "echo"
+"""Kind, name and family of the model without a file that tests and benchmarks use."""
+
+MAX_REMEMBERED = 8192  # files
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model, ready to be loaded.
+
+    Attributes:
+        path: of its file, with links resolved; "" of the echo.
+        info: what the file is.
+        prefix: what the file puts before the keys of the part.
+        dtype: to compute in, by torch's name: the one asked for, or the file's own.
+    """
+
+    path: str
+    info: ModelInfo
+    prefix: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Stamp:
+    """What changes when a file does."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a file's header said, part by part: what it is, or why not."""
+
+    stamp: _Stamp
+    parts: dict[str, Recognised | XditError]
+
+
+class Catalog:
+    """The models that the daemon can see."""
+
+    def __init__(self, roots: Roots, *, echo: bool = False) -> None:
+        """
+        Args:
+            roots: the folders, whether links may leave them, and the user that looks.
+            echo: whether the model without a file is there.
+        """
+        self.roots = roots
+        self.echo = echo
+        self._seen: dict[tuple[str, str], _Seen] = {}
+
+    def find(self, ref: ModelRef) -> Found:
+        """The file that a name means, and what it is.
+
+        Raises:
+            XditError: `model_not_visible`, `bad_value`, `file_invalid`, `file_refused`, `unknown_family` or
+                `not_built`, with one sentence that says what would work.
+        """
+        if ref.dtype and ref.dtype not in FLOATS:
+            raise XditError(
+                Code.BAD_VALUE,
+                f"Nothing computes in dtype {shown(ref.dtype)!r}; {', '.join(FLOATS)} would work.",
+            )
+        if ref.kind == ECHO and self.echo:
+            return Found(path="", info=_ECHO_INFO, prefix="", dtype=ref.dtype or _ECHO_INFO.dtype)
+        kind = canonical(ref.kind)
+        part = _part(kind, ref)
+        path, stamp = self._choose(kind, ref)
+        recognised = self._recognise(kind, ref.name, path, stamp)[part]
+        if isinstance(recognised, XditError):
+            raise recognised
+        info = _info(kind, ref.name, part, stamp.size, recognised)
+        return Found(path=path, info=info, prefix=recognised.prefix, dtype=ref.dtype or info.dtype)
+
+    def list(self, kind: str = "") -> tuple[tuple[ModelInfo, ...], tuple[SkippedFile, ...]]:
+        """Every model of a kind, or of all kinds that can be loaded, and every file that is none, with the reason.
+
+        A checkpoint is listed once for each of its parts.
+
+        Raises:
+            XditError: `bad_value` for a kind that ComfyUI has not.
+        """
+        models: tuple[ModelInfo, ...] = (_ECHO_INFO,) if self.echo and kind in ("", ECHO) else ()
+        skipped: tuple[SkippedFile, ...] = ()
+        if models and kind:
+            return models, skipped
+        for each in [canonical(kind)] if kind else PARTS:
+            for file in self.roots.files(each):
+                infos, problems = self._look(each, file)
+                models += infos
+                skipped += problems
+        return models, skipped
+
+    # ------------------------------------------------------------------------------------------------ one file
+
+    def _look(self, kind: str, file: ModelFile) -> tuple[tuple[ModelInfo, ...], tuple[SkippedFile, ...]]:
+        name = file.name
+        try:
+            if not _encodable(name):
+                raise XditError(
+                    Code.FILE_REFUSED, "Its name is not UTF-8, so no client can name it; rename it."
+                )
+            if not file.path:
+                raise self.roots.leads_out(kind, name)
+            if kind not in PARTS:
+                raise _kind_not_built(kind)
+            stamp = _stamp(os.stat(file.path))
+            parts = self._recognise(kind, name, file.path, stamp)
+        except OSError as error:
+            problem = XditError(Code.MODEL_NOT_VISIBLE, f"It cannot be opened: {error.strerror}.")
+            return (), (_skipped(kind, name, problem),)
+        except XditError as error:
+            return (), (_skipped(kind, name, error),)
+        infos = tuple(
+            _info(kind, name, part, stamp.size, recognised)
+            for part, recognised in parts.items()
+            if isinstance(recognised, Recognised)
+        )
+        return infos, tuple(_skipped(kind, name, error) for error in _worth_saying(parts))
+
+    def _choose(self, kind: str, ref: ModelRef) -> tuple[str, _Stamp]:
+        """The first file of that name, and of that size where one is given."""
+        sizes = []
+        for path in self.roots.candidates(kind, ref.name):
+            try:
+                stamp = _stamp(os.stat(path))
+            except OSError:  # gone since it was found
+                continue
+            if ref.size is None or ref.size == stamp.size:
+                return path, stamp
+            sizes.append(stamp.size)
+        if not sizes:
+            raise self.roots.not_visible(kind, ref.name)
+        raise XditError(
+            Code.MODEL_NOT_VISIBLE,
+            f"{kind}/{shown(ref.name)} has {ref.size} bytes where you are, but {sizes[0]} in the daemon's model "
+            "folders: it is another file of that name. Give both the same file.",
+            sizes=sizes,
+        )
+
+    def _recognise(self, kind: str, name: str, path: str, stamp: _Stamp) -> dict[str, Recognised | XditError]:
+        """By part. What a file said once is kept until the file changes, refusals too."""
+        key = (kind, path)
+        seen = self._seen.get(key)
+        if seen is None or seen.stamp != stamp:
+            seen = _Seen(stamp, _read(kind, name, path))
+            if len(self._seen) >= MAX_REMEMBERED:
+                self._seen.clear()
+            self._seen[key] = seen
+        return seen.parts
+
+
+def _read(kind: str, name: str, path: str) -> dict[str, Recognised | XditError]:
+    try:
+        header = read_header(path, f"{kind}/{name}")
+    except XditError as error:
+        return dict.fromkeys(PARTS[kind], error)
+    parts: dict[str, Recognised | XditError] = {}
+    for part in PARTS[kind]:
+        try:
+            parts[part] = recognise(header, part)
+        except XditError as error:
+            parts[part] = error
+    return parts
+
+
+def _worth_saying(parts: dict[str, Recognised | XditError]) -> Iterator[XditError]:
+    """What to list of a file's problems: one where nothing loads, else those that are more than a missing part."""
+    errors = [found for found in parts.values() if isinstance(found, XditError)]
+    if len(errors) == len(parts):
+        yield errors[0]
+    else:
+        yield from (error for error in errors if error.code != Code.UNKNOWN_FAMILY)
+
+
+def _part(kind: str, ref: ModelRef) -> str:
+    parts = PARTS.get(kind)
+    if parts is None:
+        raise _kind_not_built(kind)
+    part = ref.part or parts[0]
+    if part not in parts:
+        raise XditError(
+            Code.BAD_VALUE,
+            f"A file of {kind} has no part {shown(part)!r}; it has {' and '.join(parts)}.",
+        )
+    return part
+
+
+def _kind_not_built(kind: str) -> XditError:
+    return XditError(Code.NOT_BUILT, f"This version does not load {kind}; it loads {', '.join(PARTS)}.")
+
+
+def _info(kind: str, name: str, part: str, size: int, recognised: Recognised) -> ModelInfo:
+    return ModelInfo(
+        kind=kind,
+        name=name,
+        part=part,
+        family=recognised.family,
+        variant=recognised.variant,
+        dtype=recognised.dtype,
+        bytes=size,
+        parameters=recognised.parameters,
+        facts=dict(recognised.facts),
+    )
+
+
+def _skipped(kind: str, name: str, error: XditError) -> SkippedFile:
+    code = error.code.value if isinstance(error.code, Code) else error.code
+    readable = name if _encodable(name) else shown(name)
+    return SkippedFile(kind=kind, name=readable, code=code, message=error.message)
+
+
+def _encodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+
+
+_ECHO_INFO = ModelInfo(
+    kind=ECHO, name=ECHO, part="", family=ECHO, variant="", dtype="float32", bytes=0, parameters=0
+)

@@ -1,0 +1,26 @@
+"""The families of models, one file each, and the table of those that this version runs.
+
+A family is a module: what it is called, how it is detected by keys, and what its plan and its inputs must be, so
+that the daemon refuses before it asks the ranks. `family.py` says what such a module has.
+"""
+
+from __future__ import annotations
+
+from xditd.catalog.families import autoencoder_kl, echo, flux
+from xditd.catalog.families.family import Family
+from xditd.protocol.errors import Code, XditError
+
+FAMILIES: dict[str, Family] = {module.name: module for module in (flux, autoencoder_kl, echo)}
+"""By name: "flux", "autoencoder_kl", "echo"."""
+
+
+def family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        XditError: `unknown_family`.
+    """
+    found = FAMILIES.get(name)
+    if found is None:
+        raise XditError(Code.UNKNOWN_FAMILY, f"There is no family {name!r}; there are {', '.join(FAMILIES)}.")
+    return found

@@ -1,0 +1,67 @@
+"""The family without a model: ranks that do no work, so that tests and benchmarks see the hand-off alone.
+
+It is served only where the configuration says so (`debug.echo`), and takes any shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xditd.catalog.families import inputs
+from xditd.catalog.families.family import Detected
+from xditd.catalog.header import Header
+from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.tensors import Tensor
+
+name = "echo"
+label = "the echo of tests"
+part = ""
+parallel = True
+
+
+def detect(header: Header, prefix: str) -> Detected | None:
+    return None
+
+
+def check_plan(info: ModelInfo, plan: Plan) -> None:
+    """Any plan: nothing is split."""
+
+
+def check_conditioning(info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> None:
+    """Any conditioning: nothing reads it."""
+
+
+def check_denoise(
+    info: ModelInfo,
+    x: Tensor,
+    t: tuple[float, ...],
+    conditioning: Mapping[str, Tensor],
+    out: Tensor | None = None,
+) -> None:
+    """Any x; out shaped as x, which is answered."""
+    inputs.check_float("x", x)
+    inputs.check_same_shape("out", out, x, "x")
+
+
+def check_sample(
+    info: ModelInfo,
+    message: Sample,
+    conditioning: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Any noise; latent, out and previews shaped as noise, which is answered."""
+    inputs.check_loop(message, highest=float("inf"))
+    noise = message.noise
+    inputs.check_float("noise", noise)
+    for what, tensor in (("latent", message.latent), ("out", message.out)):
+        inputs.check_same_shape(what, tensor, noise, "noise")
+    for i, preview in enumerate(message.previews):
+        inputs.check_same_shape(f"preview {i}", preview, noise, "noise")
+
+
+def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
+    """Any latent to any out: out's first bytes are written with the latent's."""
+
+
+def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
+    """Any image to any out."""

@@ -1,0 +1,115 @@
+"""A model's parameters held against the shapes that its facts demand: all there, none odd, none unknown.
+
+A family writes its shapes down as a table; the checks here are the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xditd.catalog.header import Header
+from xditd.catalog.sentences import listed, shape_of, shown
+from xditd.protocol.errors import Code, XditError
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""By key, without prefix."""
+
+
+def shape(header: Header, key: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of one parameter, which must be there and have that many dimensions.
+
+    Raises:
+        XditError: `file_invalid`.
+    """
+    entry = header.tensors.get(key)
+    if entry is None:
+        raise XditError(Code.FILE_INVALID, f"{header.name} lacks {shown(key)}; fetch it again.")
+    if len(entry.shape) != dimensions:
+        raise XditError(
+            Code.FILE_INVALID,
+            f"{header.name}: {shown(key)} has shape {shape_of(entry.shape)}; it must have {dimensions} dimensions.",
+        )
+    return entry.shape
+
+
+def count(header: Header, start: str, most: int) -> int:
+    """How many numbered modules there are below a key: 0 to n - 1, at least one.
+
+    Raises:
+        XditError: `file_invalid` where one is missing, or where there are more than any such model has.
+    """
+    numbers = {key[len(start) :].partition(".")[0] for key in header.tensors if key.startswith(start)}
+    if len(numbers) > most:
+        raise XditError(
+            Code.FILE_INVALID, f"{header.name} has {len(numbers)} {start}*; {most} are taken at most."
+        )
+    for i in range(max(1, len(numbers))):
+        if str(i) not in numbers:
+            raise XditError(Code.FILE_INVALID, f"{header.name} lacks {start}{i}; fetch it again.")
+    return len(numbers)
+
+
+def check_shapes(header: Header, prefix: str, shapes: Shapes, label: str) -> frozenset[str]:
+    """Every parameter there, with its shape, in a dtype that loads; nothing else among the model's modules.
+
+    Args:
+        header: of the file.
+        prefix: of the model's keys in it.
+        shapes: every parameter of the model.
+        label: what the model is, for sentences.
+
+    Returns:
+        The file's keys of the model, with the prefix.
+
+    Raises:
+        XditError: `file_invalid` for a missing parameter or an odd shape, `not_built` for parameters that the
+            family has not (quantised and extended models) or dtypes that the ranks do not load.
+    """
+    modules = {key.partition(".")[0] for key in shapes}
+    unknown = [
+        key
+        for key in header.tensors
+        if key.startswith(prefix)
+        and key[len(prefix) :].partition(".")[0] in modules
+        and key[len(prefix) :] not in shapes
+    ]
+    _check_dtypes(header, prefix, shapes, unknown, label)
+    for key, expected in shapes.items():
+        entry = header.tensors.get(prefix + key)
+        if entry is None:
+            raise XditError(
+                Code.FILE_INVALID, f"{header.name} is {label}, but lacks {prefix + key}; fetch it again."
+            )
+        if entry.shape != expected:
+            raise XditError(
+                Code.FILE_INVALID,
+                f"{header.name}: {prefix + key} has shape {shape_of(entry.shape)}, but the rest of the file asks for "
+                f"{shape_of(expected)}.",
+            )
+    if unknown:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"{header.name} is {label} with parameters that this version does not know: {listed(unknown)}.",
+        )
+    return frozenset(prefix + key for key in shapes)
+
+
+LOADABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes of files that the ranks load, with torch's names."""
+
+
+def _check_dtypes(header: Header, prefix: str, shapes: Shapes, unknown: list[str], label: str) -> None:
+    scaled = [key for key in unknown if key.endswith((".scale_weight", ".scale_input", ".weight_scale"))]
+    if scaled or prefix + "scaled_fp8" in header.tensors:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"{header.name} is {label} in scaled fp8, which this version does not load; use its bf16 or fp16 file.",
+        )
+    for key in shapes:
+        entry = header.tensors.get(prefix + key)
+        if entry is not None and entry.dtype not in LOADABLE:
+            kind = "fp8" if entry.dtype.startswith("F8") else f"{entry.dtype} (quantised)"
+            raise XditError(
+                Code.NOT_BUILT,
+                f"{header.name} is {label} in {kind}, which this version does not load; use its bf16 or fp16 file.",
+            )

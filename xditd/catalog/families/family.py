@@ -1,0 +1,79 @@
+"""What a family's module has: the contract between detection, the daemon's checks and the families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from xditd.catalog.header import Header
+from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.tensors import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """What the keys and shapes of a file say.
+
+    Attributes:
+        variant: of the family: "dev", "schnell".
+        facts: widths, depths, heads, channels: what the shapes say.
+        keys: the file's keys that belong to the model, with their prefix.
+    """
+
+    variant: str
+    facts: dict[str, int] = field(default_factory=dict)
+    keys: frozenset[str] = frozenset()
+
+
+class Family(Protocol):
+    """A family of models. Every check raises XditError with one sentence that says what would work.
+
+    In the checks, `conditioning` is the tensors of one PutConditioning, as `check_conditioning` passed them.
+    """
+
+    name: str
+    label: str  # as a sentence names one of it: "a Flux transformer"
+    part: str  # of a checkpoint: "transformer" or "vae"; "" is never detected in a file
+    parallel: bool  # whether more than one device can hold a model of it
+
+    def detect(self, header: Header, prefix: str) -> Detected | None:
+        """What the file holds under the prefix, or None where it is not of this family.
+
+        Raises:
+            XditError: `file_invalid` naming the key where shapes contradict each other or keys are missing,
+                `not_built` for a kind of the family that this version has not.
+        """
+
+    def check_plan(self, info: ModelInfo, plan: Plan) -> None:
+        """Refuses a plan that this model cannot run under: `bad_plan`, or `not_built`."""
+
+    def check_conditioning(
+        self, info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]
+    ) -> None:
+        """Refuses tensors and values of a PutConditioning: `bad_tensor`, `bad_value`."""
+
+    def check_denoise(
+        self,
+        info: ModelInfo,
+        x: Tensor,
+        t: tuple[float, ...],
+        conditioning: Mapping[str, Tensor],
+        out: Tensor | None = None,
+    ) -> None:
+        """Refuses one item of a Denoise: `bad_tensor`, `bad_value`."""
+
+    def check_sample(
+        self,
+        info: ModelInfo,
+        message: Sample,
+        conditioning: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Refuses a Sample: `bad_tensor`, `bad_value`. `negative` is the tensors of `message.negative`."""
+
+    def check_decode(self, info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
+        """Refuses a Decode: `bad_tensor`, `bad_value`."""
+
+    def check_encode(self, info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
+        """Refuses an Encode: `bad_tensor`, `bad_value`."""
