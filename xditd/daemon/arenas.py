@@ -74,7 +74,8 @@ class Arenas:
     """Every client's arena, under a budget for each and for all.
 
     Args:
-        path: the arena socket. A stale one is replaced: see to it that no other daemon runs before `start`.
+        path: the arena socket; None where no client can share memory. A stale one is replaced: see to it that no
+            other daemon runs before `start`.
         per_client_bytes: at most, of one client.
         total_bytes: at most, of all clients.
         first_bytes: of the segment that a lease opens with, and the least that it grows by while its budget allows.
@@ -85,7 +86,7 @@ class Arenas:
 
     def __init__(
         self,
-        path: str,
+        path: str | None,
         per_client_bytes: int,
         total_bytes: int,
         first_bytes: int,
@@ -112,20 +113,23 @@ class Arenas:
         Raises:
             XditError: `bad_config` where the path can not be a socket.
         """
+        path = self._path
+        if path is None:
+            return
         listener = socket.socket(
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
         try:
-            _clear_stale(self._path)
-            listener.bind(self._path)
-            os.chmod(self._path, 0o660)  # before listen: nobody can connect under other rights
+            _clear_stale(path)
+            listener.bind(path)
+            os.chmod(path, 0o660)  # before listen: nobody can connect under other rights
             listener.listen(_BACKLOG)
-            found = os.stat(self._path)
+            found = os.stat(path)
         except OSError as error:
             listener.close()
             raise XditError(
                 Code.BAD_CONFIG,
-                f"Cannot listen on {self._path}: {error.strerror or error}. Name a path in a folder that exists and "
+                f"Cannot listen on {path}: {error.strerror or error}. Name a path in a folder that exists and "
                 "that this user may write to.",
             ) from error
         except BaseException:
@@ -139,7 +143,7 @@ class Arenas:
     async def close(self) -> None:
         """Ends every lease and removes the socket. `on_gone` is not called."""
         listener, self._listener = self._listener, None
-        if listener is not None:
+        if listener is not None and self._path is not None:
             asyncio.get_running_loop().remove_reader(listener.fileno())
             with contextlib.suppress(FileNotFoundError):
                 found = os.stat(self._path)

@@ -19,8 +19,14 @@ SYSTEM_PATH = "/run/xditd/xditd.sock"
 GROUP = "xditd"
 """The system group whose members may use the system's daemon."""
 
+PERMISSION_DENIED = "permission denied"
+NO_SOCKET = "no such socket"
+NOBODY_LISTENS = "a socket that nobody listens on"
+NO_ANSWER = "no answer"
+"""What may come of trying an endpoint."""
+
 _MAX_PATH = 107 - len(".arena")  # sun_path has 108 bytes with its end
-START = "start it with `systemctl --user start xditd` or `xditd serve`"
+_START = "start it with `systemctl --user start xditd` or `xditd serve`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,19 @@ def user_path(environ: Mapping[str, str] = os.environ, uid: int | None = None) -
     return f"/tmp/xditd-{os.getuid() if uid is None else uid}/xditd.sock"
 
 
+def default_endpoint(environ: Mapping[str, str] = os.environ) -> str:
+    """Where a daemon listens that is told nothing: `XDITD_ENDPOINT`, else its unit's runtime folder, else the user's."""
+    if environ.get(VARIABLE):
+        return environ[VARIABLE]
+    folder = environ.get("RUNTIME_DIRECTORY", "").split(":")[0]  # systemd sets it for RuntimeDirectory=
+    return f"ipc://{folder}/xditd.sock" if folder.startswith("/") else f"ipc://{user_path(environ)}"
+
+
+def arena_path(endpoint: str) -> str | None:
+    """The arena socket beside an endpoint; None for tcp, whose clients share no memory."""
+    return parse(endpoint).arena
+
+
 def candidates(explicit: str | None = None, environ: Mapping[str, str] = os.environ) -> list[Endpoint]:
     """Where to look, in order. What is named is the only place; only without a name are there two.
 
@@ -129,19 +148,15 @@ def not_found(tried: list[tuple[Endpoint, str]]) -> XditError:
         tried: each place with what happened there: "no such socket", "permission denied", ...
     """
     places = "; ".join(f"{endpoint}: {outcome}" for endpoint, outcome in tried)
+    cures = []
     if any(outcome == PERMISSION_DENIED for _, outcome in tried):
-        cure = f"join the group {GROUP} with `sudo usermod -aG {GROUP} $USER` and log in again"
-        if any(outcome != PERMISSION_DENIED for _, outcome in tried):
-            cure += f", or {START}"
-    else:
-        cure = START
+        cures.append(f"join the group {GROUP} (`sudo usermod -aG {GROUP} $USER`, then log in again)")
+    if any(outcome in (NO_SOCKET, NOBODY_LISTENS) for _, outcome in tried):
+        cures.append(_START)
+    if any(outcome == NO_ANSWER for _, outcome in tried):
+        cures.append("see that it runs there and that the network lets you through")
     return XditError(
         Code.DAEMON_NOT_FOUND,
-        f"No xditd answers. Tried {places}. To have one, {cure}.",
+        f"No xditd answers. Tried {places}. The cure: {', or '.join(cures) or _START}.",
         tried=[str(endpoint) for endpoint, _ in tried],
     )
-
-
-PERMISSION_DENIED = "permission denied"
-NO_SOCKET = "no such socket"
-NOBODY_LISTENS = "a socket that nobody listens on"
