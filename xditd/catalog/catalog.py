@@ -39,13 +39,11 @@ class Found:
         path: of its file, with links resolved; "" of the echo.
         info: what the file is.
         prefix: what the file puts before the keys of the part.
-        dtype: to compute in, by torch's name: the one asked for, or the file's own.
     """
 
     path: str
     info: ModelInfo
     prefix: str
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ class Catalog:
                 f"Nothing computes in dtype {shown(ref.dtype)!r}; {', '.join(FLOATS)} would work.",
             )
         if ref.kind == ECHO and self.echo:
-            return Found(path="", info=_ECHO_INFO, prefix="", dtype=ref.dtype or _ECHO_INFO.dtype)
+            return Found(path="", info=_ECHO_INFO, prefix="")
         kind = canonical(ref.kind)
         part = _part(kind, ref)
         path, stamp = self._choose(kind, ref)
@@ -100,7 +98,7 @@ class Catalog:
         if isinstance(recognised, XditError):
             raise recognised
         info = _info(kind, ref.name, part, stamp.size, recognised)
-        return Found(path=path, info=info, prefix=recognised.prefix, dtype=ref.dtype or info.dtype)
+        return Found(path=path, info=info, prefix=recognised.prefix)
 
     def list(self, kind: str = "") -> tuple[tuple[ModelInfo, ...], tuple[SkippedFile, ...]]:
         """Every model of a kind, or of all kinds that can be loaded, and every file that is none, with the reason.

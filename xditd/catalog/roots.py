@@ -53,26 +53,20 @@ class Roots:
     """Folders by kind, in the order of search.
 
     Attributes:
-        folders: by kind; they need not exist yet.
+        by_kind: they need not exist yet.
         follow_symlinks: whether a link below a root may lead out of all of them.
         user: the name of the user that the daemon runs as, for sentences.
     """
 
-    folders: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    by_kind: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     follow_symlinks: bool = False
     user: str = ""
 
-    def of(self, kind: str) -> tuple[Path, ...]:
-        """The folders of a kind, under any of its names.
-
-        Raises:
-            XditError: `bad_value` for a kind that ComfyUI has not.
-        """
-        return self.folders.get(canonical(kind), ())
-
-    def all(self) -> tuple[Path, ...]:
-        """Every folder, once."""
-        return tuple(dict.fromkeys(folder for folders in self.folders.values() for folder in folders))
+    def folders(self, kind: str = "") -> tuple[Path, ...]:
+        """The folders of a kind, under any of its names; of "" all there are, each once."""
+        if kind:
+            return self.by_kind.get(ALIASES.get(kind, kind), ())
+        return tuple(dict.fromkeys(folder for folders in self.by_kind.values() for folder in folders))
 
     def candidates(self, kind: str, name: str) -> list[str]:
         """Every file that the name may mean, best first, with links resolved.
@@ -85,7 +79,7 @@ class Roots:
         parts = _parts(name)
         found: list[str] = []
         problem: XditError | None = None
-        for folder in self.of(kind):
+        for folder in self.folders(kind):
             path = folder.joinpath(*parts)
             try:
                 status = os.stat(path)
@@ -117,7 +111,7 @@ class Roots:
     def files(self, kind: str) -> Iterator[ModelFile]:
         """Every model file of a kind, sorted by name within its root; of equal names the first root's alone."""
         seen: set[str] = set()
-        for folder in self.of(kind):
+        for folder in self.folders(kind):
             for name in sorted(self._walk(folder)):
                 if name not in seen:
                     seen.add(name)
@@ -159,7 +153,7 @@ class Roots:
         if self.follow_symlinks:
             return True
         real = os.path.realpath(path)
-        return any(_within(real, os.path.realpath(root)) for root in self.all())
+        return any(_within(real, os.path.realpath(root)) for root in self.folders())
 
     def leads_out(self, kind: str, name: str) -> XditError:
         """What to raise for a link that is not allowed."""
@@ -171,12 +165,14 @@ class Roots:
 
     def not_visible(self, kind: str, name: str) -> XditError:
         """No such file: which folders were searched, and as whom."""
-        searched = ", ".join(str(folder) for folder in self.of(kind)) or "none is configured for this kind"
+        searched = (
+            ", ".join(str(folder) for folder in self.folders(kind)) or "none is configured for this kind"
+        )
         return XditError(
             Code.MODEL_NOT_VISIBLE,
             f"There is no {kind}/{shown(name)} in the daemon's model folders ({searched}), as user {self.user} sees "
             "them; put it there, or add its folder to the daemon's configuration.",
-            roots=[str(folder) for folder in self.of(kind)],
+            roots=[str(folder) for folder in self.folders(kind)],
             user=self.user,
         )
 
@@ -185,7 +181,7 @@ class Roots:
             Code.MODEL_NOT_VISIBLE,
             f"{kind}/{shown(name)} may be at {path}, but user {self.user}, whom the daemon runs as, cannot look "
             f"there: {error.strerror}; give that user access.",
-            roots=[str(folder) for folder in self.of(kind)],
+            roots=[str(folder) for folder in self.folders(kind)],
             user=self.user,
         )
 
@@ -247,7 +243,7 @@ def model_roots(
         for path in reversed([Path(os.path.expanduser(p)).absolute() for p in paths]):
             _place(ordered[ALIASES.get(kind, kind)], path, first=True)
     return Roots(
-        folders={kind: tuple(paths) for kind, paths in ordered.items()},
+        by_kind={kind: tuple(paths) for kind, paths in ordered.items()},
         follow_symlinks=follow_symlinks,
         user=user,
     )

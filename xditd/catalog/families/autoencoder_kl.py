@@ -18,6 +18,7 @@ part = "vae"
 parallel = False
 
 IMAGE_CHANNELS = 3
+NORM_GROUPS = 32  # of every normalisation; shapes do not tell it
 MAX_LEVELS = 8  # the known ones have 4
 MAX_BLOCKS = 16  # of a level; the known ones have 2
 
@@ -40,7 +41,13 @@ def detect(header: Header, prefix: str) -> Detected | None:
         "quant": int(prefix + "quant_conv.weight" in tensors),
     }
     for i in range(levels):
-        facts[f"channels_{i}"] = shape(header, f"{prefix}encoder.down.{i}.block.0.conv1.weight", 4)[0]
+        key = f"{prefix}encoder.down.{i}.block.0.conv1.weight"
+        facts[f"channels_{i}"] = shape(header, key, 4)[0]
+        if facts[f"channels_{i}"] % NORM_GROUPS:
+            raise XditError(
+                Code.FILE_INVALID,
+                f"{header.name}: {key} has {facts[f'channels_{i}']} channels, which is no multiple of {NORM_GROUPS}.",
+            )
     keys = check_shapes(header, prefix, parameters(facts), label)
     return Detected(variant="", facts=facts, keys=keys)
 

@@ -36,10 +36,10 @@ def detect(header: Header, prefix: str) -> Detected | None:
     _, context_width = shape(header, prefix + "txt_in.weight", 2)
     _, pooled_width = shape(header, prefix + "vector_in.in_layer.weight", 2)
     predicted, _ = shape(header, prefix + "final_layer.linear.weight", 2)
-    if not head_dim or width % head_dim:
+    if not head_dim or head_dim % 2 or not width or width % head_dim:
         raise XditError(
             Code.FILE_INVALID,
-            f"{header.name}: {norm} has {head_dim} entries, which does not divide the width of {width}.",
+            f"{header.name}: {norm} has {head_dim} entries; that must be even and divide the width of {width}.",
         )
     if columns != predicted:
         raise XditError(
