@@ -76,7 +76,9 @@ def _gpus() -> list[Device]:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception as error:  # not installed, no driver, no permission: each means "no GPU that we could use"
+    except (
+        Exception
+    ) as error:  # not installed, no driver, no permission: each means "no GPU that we could use"
         log.debug("No GPUs: %s.", error)
         return []
     gpus = []

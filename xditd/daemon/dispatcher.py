@@ -1,6 +1,6 @@
 """Which run is on which group, whose turn it is, and what becomes of a run. Decides; does nothing itself.
 
-What happens in the world comes in as a method call with the time; what should happen goes out through `Ports`.
+What happens in the world comes in as a method call with the time; what should happen goes out through two ports.
 No socket, clock, process or device is in here, so its tests need none. The way of a run:
 
     open → queued → its group is ready → `RunOpened` → ask → turns → the answer → ask → … → close
@@ -15,7 +15,7 @@ from typing import Any
 from xditd.catalog.catalog import Found
 from xditd.daemon.fleet import LOST, Deadlines, Fleet
 from xditd.daemon.groups import Group, Restarts
-from xditd.daemon.ports import Ports
+from xditd.daemon.ports import ClientPort, RankPort
 from xditd.daemon.runs import MAX_REBINDS, Asked, Key, Run, Work
 from xditd.daemon.turns import Turns
 from xditd.daemon.work import answer, begin, failed, progress, spell, turn
@@ -29,7 +29,8 @@ class Dispatcher:
 
     def __init__(
         self,
-        ports: Ports,
+        clients: ClientPort,
+        ranks: RankPort,
         deadlines: Deadlines,
         restarts: Restarts,
         *,
@@ -41,11 +42,12 @@ class Dispatcher:
             queue: runs that may wait at once.
             ended: called once for every run, when it has ended.
         """
-        self.ports = ports
+        self.clients = clients
+        self.ranks = ranks
         self.deadlines = deadlines
         self.queue = queue
         self.ended = ended
-        self.fleet = Fleet(ports, deadlines, restarts, self)
+        self.fleet = Fleet(clients, ranks, deadlines, restarts, self)
         self.turns = Turns()
         self.runs: dict[int, Run] = {}
         self.draining = False
@@ -91,7 +93,7 @@ class Dispatcher:
         run.conditioning[message.key] = (message, frames)
         if run.group:
             self._pass_conditioning(run, message, frames)
-        self.ports.answer(run.peer, m.ConditioningPut(re=message.id, run=run.id, key=message.key))
+        self.clients.answer(run.peer, m.ConditioningPut(re=message.id, run=run.id, key=message.key))
 
     def ask(self, run: Run, work: Work, frames: Sequence[Any], now: float) -> None:
         """A request that needs turns.
@@ -101,7 +103,8 @@ class Dispatcher:
         """
         if run.asked is not None:
             raise XditError(
-                Code.RUN_BUSY, f"Run {run.id} is at work on request {run.asked.work.id}; ask one thing at a time."
+                Code.RUN_BUSY,
+                f"Run {run.id} is at work on request {run.asked.work.id}; ask one thing at a time.",
             )
         run.touched = now
         run.asked = Asked(work, frames)
@@ -145,7 +148,7 @@ class Dispatcher:
         if segments:
             for group in self.fleet.groups.values():
                 if group.state == "ready":  # in line after any turn that still uses them
-                    self.ports.order(group, o.DropSegments(segments=segments))
+                    self.ranks.order(group, o.DropSegments(segments=segments))
 
     def close(self, now: float) -> None:
         """The daemon stops: every run ends, every group leaves."""
@@ -184,7 +187,9 @@ class Dispatcher:
         limit = self.deadlines.run_idle
         for run in list(self.runs.values()):
             if run.state == "bound" and now - run.touched > limit:
-                message = f"Run {run.id} was asked nothing for {limit:g} s (deadlines.run_idle); open a new one."
+                message = (
+                    f"Run {run.id} was asked nothing for {limit:g} s (deadlines.run_idle); open a new one."
+                )
                 self._end(run, Code.RUN_IDLE, message, now)
 
     # ------------------------------------------------------------------------------------ from the fleet
@@ -258,11 +263,11 @@ class Dispatcher:
             run.announced = True
             info, plan = run.found.info, group.key.plan
             opened = m.RunOpened(re=run.reopen, run=run.id, group=group.name, plan=plan, model=info)
-            self.ports.answer(run.peer, opened)
+            self.clients.answer(run.peer, opened)
         if run.asked is not None:
             why = f"its group {group.name} died and was started again"
             event = m.Rebound(re=run.asked.work.id, run=run.id, group=group.name, reason=why)
-            self.ports.answer(run.peer, event)
+            self.clients.answer(run.peer, event)
             run.asked.begin_anew()
             run.go("ask")
             self.turns.ask(run.id)
@@ -288,16 +293,16 @@ class Dispatcher:
         self.turns.forget(run.id)
         run.go("end")
         if not run.announced:
-            self.ports.answer(run.peer, failed(run.reopen, code, message))
+            self.clients.answer(run.peer, failed(run.reopen, code, message))
         elif run.asked is not None:
-            self.ports.answer(run.peer, failed(run.asked.work.id, code, message))
+            self.clients.answer(run.peer, failed(run.asked.work.id, code, message))
         elif code != Code.RUN_CANCELLED:
-            self.ports.answer(run.peer, m.RunEnded(run=run.id, code=spell(code), message=message))
+            self.clients.answer(run.peer, m.RunEnded(run=run.id, code=spell(code), message=message))
         run.asked = None
         run.conditioning.clear()
         group = self.fleet.groups.get(run.group)
         if group is not None and group.state == "ready":
-            self.ports.order(group, o.ForgetRun(run=run.id))
+            self.ranks.order(group, o.ForgetRun(run=run.id))
         del self.runs[run.id]
         self.ended(run)
 
@@ -310,7 +315,7 @@ class Dispatcher:
         request, run.asked = run.asked.work.id, None
         run.go("answer")
         run.touched = now
-        self.ports.answer(run.peer, failed(request, code, message))
+        self.clients.answer(run.peer, failed(request, code, message))
 
     # ------------------------------------------------------------------------------------- turns, inside
 
@@ -328,10 +333,10 @@ class Dispatcher:
         number = self.turns.begin(run.id, group, now)
         frames = () if asked.begun else asked.frames
         if isinstance(asked.work, m.Sample) and not asked.begun:
-            self.ports.order(group, begin(run.id, asked.work), peer=run.peer, frames=frames)
+            self.ranks.order(group, begin(run.id, asked.work), peer=run.peer, frames=frames)
             frames = ()
         asked.begun = True
-        self.ports.order(group, turn(number, run.id, asked), peer=run.peer, frames=frames)
+        self.ranks.order(group, turn(number, run.id, asked), peer=run.peer, frames=frames)
 
     def _turn_over(self, group: Group, number: int | None, now: float) -> Run | None:
         run_id = self.turns.over(group, number, now)
@@ -348,11 +353,13 @@ class Dispatcher:
         finished = asked.step == asked.turns
         if isinstance(asked.work, m.Sample):
             inline = report.preview is not None and report.preview.frame is not None
-            self.ports.answer(run.peer, progress(run.id, asked, asked.work, report), frames if inline else ())
+            self.clients.answer(
+                run.peer, progress(run.id, asked, asked.work, report), frames if inline else ()
+            )
         if finished:
             run.asked = None
             run.go("answer")
-            self.ports.answer(run.peer, answer(asked, report), frames)
+            self.clients.answer(run.peer, answer(asked, report), frames)
         else:
             self.turns.ask(run.id)
 
@@ -360,7 +367,7 @@ class Dispatcher:
 
     def _pass_conditioning(self, run: Run, message: m.PutConditioning, frames: Sequence[Any]) -> None:
         order = o.SetConditioning(run=run.id, key=message.key, tensors=message.tensors, values=message.values)
-        self.ports.order(self.fleet.groups[run.group], order, peer=run.peer, frames=frames)
+        self.ranks.order(self.fleet.groups[run.group], order, peer=run.peer, frames=frames)
 
     def _tell_position(self, run: Run) -> None:
         """While a run waits for its first group, its client hears how far that is."""
@@ -368,4 +375,6 @@ class Dispatcher:
             return
         group = next((g for g in self.fleet.groups.values() if g.key == run.key), None)
         phase = group.phase if group is not None and group.state == "starting" else "waiting"
-        self.ports.answer(run.peer, m.Queued(re=run.reopen, run=run.id, position=self.position(run), phase=phase))
+        self.clients.answer(
+            run.peer, m.Queued(re=run.reopen, run=run.id, position=self.position(run), phase=phase)
+        )

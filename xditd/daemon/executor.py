@@ -121,10 +121,7 @@ class LocalExecutor:
         if process.arena is not None:
             process.arena.close()
         code = process.popen.wait()
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        else:
-            how = f"exited with code {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         self.gone(process.group, process.rank, process.popen.pid, how)
 
     def _read_output(self, process: Process) -> None:

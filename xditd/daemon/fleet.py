@@ -7,14 +7,13 @@ it listens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
 from xditd.catalog.catalog import Found
 from xditd.daemon.groups import Group, Restarts
-from xditd.daemon.ports import Ports
+from xditd.daemon.ports import ClientPort, RankPort
 from xditd.daemon.runs import Key
 from xditd.daemon.work import failed, spell
 from xditd.protocol import messages as m
@@ -73,8 +72,16 @@ class Listener(Protocol):
 class Fleet:
     """The groups of a daemon, by name."""
 
-    def __init__(self, ports: Ports, deadlines: Deadlines, restarts: Restarts, listener: Listener) -> None:
-        self.ports = ports
+    def __init__(
+        self,
+        clients: ClientPort,
+        ranks: RankPort,
+        deadlines: Deadlines,
+        restarts: Restarts,
+        listener: Listener,
+    ) -> None:
+        self.clients = clients
+        self.ranks = ranks
         self.deadlines = deadlines
         self.restarts = restarts
         self.listener = listener
@@ -108,10 +115,10 @@ class Fleet:
         group = self.want(key, request.model, found, now)
         if group.state == "ready":
             warm = m.Loaded(re=request.id, group=group.name, plan=key.plan, seconds=0.0, warm=True)
-            self.ports.answer(peer, warm)
+            self.clients.answer(peer, warm)
             return
         self._waiters.setdefault(group.name, []).append(Waiter(peer, request.id, now))
-        self.ports.answer(peer, m.Queued(re=request.id, run=None, position=0, phase=group.phase))
+        self.clients.answer(peer, m.Queued(re=request.id, run=None, position=0, phase=group.phase))
 
     def leave(self, group: Group, now: float) -> None:
         """Tells a group to end orderly; one that still starts is killed."""
@@ -121,9 +128,9 @@ class Fleet:
         group.go("leave")
         group.left_at = now
         if serving:
-            self.ports.order(group, o.Leave())
+            self.ranks.order(group, o.Leave())
         else:
-            self.ports.kill(group)
+            self.ranks.kill(group)
 
     def forget_peer(self, peer: bytes) -> None:
         """A client is gone: nobody waits for its loads."""
@@ -141,7 +148,7 @@ class Fleet:
             return
         for waiter in self._waiters.get(group.name, ()):
             event = m.Queued(re=waiter.request, run=None, position=0, phase=group.phase)
-            self.ports.answer(waiter.peer, event)
+            self.clients.answer(waiter.peer, event)
         self.listener.group_starting(group)
 
     def rank_ready(self, group: Group, report: o.RankReady, now: float) -> None:
@@ -156,8 +163,10 @@ class Fleet:
         group.used = now
         for waiter in self._waiters.pop(group.name, []):
             seconds = now - waiter.since
-            loaded = m.Loaded(re=waiter.request, group=group.name, plan=group.key.plan, seconds=seconds, warm=False)
-            self.ports.answer(waiter.peer, loaded)
+            loaded = m.Loaded(
+                re=waiter.request, group=group.name, plan=group.key.plan, seconds=seconds, warm=False
+            )
+            self.clients.answer(waiter.peer, loaded)
         self.listener.group_ready(group, now)
 
     def rank_gone(self, group: Group, rank: int, how: str, now: float) -> None:
@@ -178,7 +187,7 @@ class Fleet:
         group.go("fail")
         group.code, group.problem, group.left_at = spell(code), problem, now
         self.restarts.failed(group.key, now)
-        self.ports.kill(group)
+        self.ranks.kill(group)
         self.listener.group_failed(group, now)
         if was_starting and group.code != Code.RANK_LOST.value:
             told = Code.LOAD_FAILED if group.code == Code.RANK_FAILED.value else group.code
@@ -203,14 +212,16 @@ class Fleet:
                     self._start(group.name, group.generation + 1, group.ref, group.found, group.key, now)
             elif group.left_at is not None and now - group.left_at > limit.leave:
                 group.left_at = now
-                self.ports.kill(group)
+                self.ranks.kill(group)
 
     # -------------------------------------------------------------------------------------------- inside
 
-    def _start(self, name: str, generation: int, ref: m.ModelRef, found: Found, key: Key, now: float) -> Group:
+    def _start(
+        self, name: str, generation: int, ref: m.ModelRef, found: Found, key: Key, now: float
+    ) -> Group:
         group = Group(name, generation, ref, found, key, started=now, used=now)
         self.groups[name] = group
-        self.ports.start(group)
+        self.ranks.start(group)
         return group
 
     def _replace(self, group: Group, now: float) -> None:
@@ -232,7 +243,5 @@ class Fleet:
     def _give_up(self, group: Group, code: Code | str, now: float) -> None:
         message = f"{group.ref.name} could not be served. {group.problem}".rstrip(".") + "."
         for waiter in self._waiters.pop(group.name, []):
-            self.ports.answer(waiter.peer, failed(waiter.request, code, message))
+            self.clients.answer(waiter.peer, failed(waiter.request, code, message))
         self.listener.given_up(group, code, message, now)
-
-

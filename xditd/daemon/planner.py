@@ -37,7 +37,8 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
         )
     if strategy not in EXACT:
         raise XditError(
-            Code.BAD_PLAN, f"There is no strategy {request.strategy!r}; choose auto, USP, Hybrid, CFG, PipeFusion or Tensor."
+            Code.BAD_PLAN,
+            f"There is no strategy {request.strategy!r}; choose auto, USP, Hybrid, CFG, PipeFusion or Tensor.",
         )
     given = {
         name: getattr(request, name)
@@ -80,7 +81,9 @@ def _devices(names: tuple[str, ...], owned: list[str], wanted: int) -> tuple[str
     for name in names:
         matches = [device for device in owned if name in (device, device.partition(":")[2])]
         if not matches:
-            raise XditError(Code.BAD_DEVICE, f"The daemon owns no device {name!r}; it owns {', '.join(owned)}.")
+            raise XditError(
+                Code.BAD_DEVICE, f"The daemon owns no device {name!r}; it owns {', '.join(owned)}."
+            )
         resolved.append(matches[0])
     if len(set(resolved)) != len(resolved):
         raise XditError(Code.BAD_DEVICE, f"A device is named twice in {', '.join(names)}.")

@@ -1,4 +1,4 @@
-"""What the daemon's core may ask of the world. The server and the executor answer it; tests do too."""
+"""What the daemon's core may ask of the world. `clients.Clients` and `ranks.Ranks` answer it; tests do too."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from msgspec import Struct
 from xditd.daemon.groups import Group
 
 
-class Ports(Protocol):
-    """The four things that the core can do."""
+class ClientPort(Protocol):
+    """The way to clients."""
 
     def answer(self, peer: bytes, reply: Struct, frames: Sequence[Any] = ()) -> None:
-        """Send a reply or an event to a client."""
+        """Sends a reply or an event."""
 
-    def order(self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()) -> None:
-        """Send an order to every rank of a group; `peer` is the client whose segments it names."""
+
+class RankPort(Protocol):
+    """The way to ranks."""
 
     def start(self, group: Group) -> None:
-        """Start the group's rank processes."""
+        """Starts the group's rank processes."""
+
+    def order(
+        self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()
+    ) -> None:
+        """Sends an order to every rank of a group; `peer` is the client whose segments it names."""
 
     def kill(self, group: Group) -> None:
-        """Kill what is left of the group's rank processes."""
+        """Kills what is left of the group's rank processes."""

@@ -12,7 +12,16 @@ from typing import Any
 
 from xditd.catalog.catalog import Found
 from xditd.daemon import states
-from xditd.protocol.messages import Decode, Denoise, Encode, ModelRef, Plan, PutConditioning, RunStatus, Sample
+from xditd.protocol.messages import (
+    Decode,
+    Denoise,
+    Encode,
+    ModelRef,
+    Plan,
+    PutConditioning,
+    RunStatus,
+    Sample,
+)
 
 MAX_REBINDS = 2
 """How often a run is bound anew after its group died, before it fails."""

@@ -70,7 +70,7 @@ class Wire:
             except zmq.Again:
                 return
             parts: list[zmq.Frame] = []
-            while self._socket.getsockopt(zmq.RCVMORE):
+            while self._socket.rcvmore:
                 parts.append(self._socket.recv(zmq.NOBLOCK, copy=False))
             if parts:
                 self.receive(peer, parts[0].bytes, parts[1:])
@@ -78,7 +78,7 @@ class Wire:
 
     def _look_again(self) -> None:
         """A send may have swallowed the edge that announced a message."""
-        if not self._again and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if not self._again and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._again = True
             self._loop.call_soon(self._drain_again)
 

@@ -1,0 +1,196 @@
+"""The door for clients: bytes in, requests out; replies in, bytes out; and who is connected.
+
+A message is decoded or refused; Hello makes a session; everything else goes to `requests`. A client's end is the
+end of file of its lease; one without shared memory is forgotten when it holds nothing and is quiet.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import zmq
+from msgspec import Struct
+
+from xditd import __version__
+from xditd.daemon.arenas import Arena, Arenas
+from xditd.daemon.config import Config
+from xditd.daemon.session import Session
+from xditd.daemon.wire import Wire
+from xditd.daemon.work import failed, spell
+from xditd.protocol import codec
+from xditd.protocol import messages as m
+from xditd.protocol.endpoints import Endpoint
+from xditd.protocol.errors import Code, XditError
+
+log = logging.getLogger("xditd.clients")
+
+CAPABILITIES = ("flux", "autoencoder_kl", "ulysses", "ring", "sample", "frames", "shared_memory")
+"""What a client may count on, beyond the protocol's version."""
+
+PRELOAD = b"preload"
+"""The peer in whose name the daemon loads models itself; no ZeroMQ identity is it."""
+
+Handle = Callable[[Session, Any, Sequence[Any]], None]
+"""Called with (session, request, frames); raises XditError to refuse."""
+
+Gone = Callable[[bytes, "tuple[int, ...]"], None]
+"""Called with (peer, its segments) when a session has ended."""
+
+
+class Clients:
+    """All sessions, by ZeroMQ identity."""
+
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: Endpoint, config: Config, *, handle: Handle, gone: Gone
+    ) -> None:
+        """
+        Raises:
+            zmq.ZMQError: the endpoint cannot be bound.
+        """
+        self.config = config
+        self.handle = handle
+        self.gone = gone
+        self.epoch = os.urandom(8).hex()
+        self.sessions: dict[bytes, Session] = {}
+        self.arenas: Arenas | None = None  # clients on other machines send frames
+        if endpoint.arena is not None:
+            self.arenas = Arenas(
+                endpoint.arena,
+                per_client_bytes=config.arena.per_client_bytes,
+                total_bytes=config.arena.total_bytes,
+                first_bytes=config.arena.first_bytes,
+                on_gone=self._lease_ended,
+            )
+        self._wire = Wire(
+            context,
+            endpoint.address,
+            self._receive,
+            MAXMSGSIZE=codec.MAX_FRAME,
+            HEARTBEAT_IVL=5000,
+            HEARTBEAT_TIMEOUT=20000,
+            HANDSHAKE_IVL=5000,
+        )
+
+    async def start(self) -> None:
+        """Opens the arena socket."""
+        if self.arenas is not None:
+            await self.arenas.start()
+
+    async def close(self) -> None:
+        self._wire.close()
+        if self.arenas is not None:
+            await self.arenas.close()
+
+    def answer(self, peer: bytes, reply: Struct, frames: Sequence[Any] = ()) -> None:
+        """Sends a reply or an event. A client that takes no more of them is disconnected."""
+        if peer == PRELOAD:
+            if isinstance(reply, m.Failed):
+                log.error("A model to preload is not there: %s", reply.message, extra={"code": reply.code})
+            return
+        if not self._wire.send(peer, codec.encode(reply), frames) and peer in self.sessions:
+            self._disconnect(self.sessions[peer], "gone, or too slow to take its answers")
+
+    def forget_quiet(self, holding: set[bytes], now: float) -> None:
+        """Forgets clients without a lease that hold no run and have been quiet: they leave no end of file."""
+        limit = self.config.deadlines.run_idle
+        for session in list(self.sessions.values()):
+            if session.arena is None and session.peer not in holding and now - session.heard > limit:
+                self._disconnect(session, "forgotten: it was quiet")
+
+    def _receive(self, peer: bytes, header: bytes, frames: list[zmq.Frame]) -> None:
+        request: int | None = None
+        try:
+            if len(frames) > codec.MAX_FRAMES:
+                raise XditError(
+                    Code.TOO_LARGE, f"A message has {len(frames)} frames; at most {codec.MAX_FRAMES}."
+                )
+            message = codec.decode(header, m.Request, m.REQUESTS)
+            request = message.id
+            session = self.sessions.get(peer)
+            if session is None:
+                self._hello(peer, message)
+            elif session.is_new(message.id):
+                session.heard = time.monotonic()
+                session.check(message, [frame.buffer.nbytes for frame in frames])
+                self.handle(session, message, frames)
+            else:
+                log.warning(
+                    "Request %d came twice and is ignored.", message.id, extra={"client": session.name}
+                )
+        except XditError as error:
+            named = error.details.pop("id", request)
+            reply = m.Failed(re=named, code=spell(error.code), message=error.message, details=error.details)
+            self.answer(peer, reply)
+        except Exception:
+            log.exception("A request failed.")
+            self.answer(
+                peer, failed(request, Code.INTERNAL, "The daemon failed at this; its log has the traceback.")
+            )
+
+    def _hello(self, peer: bytes, hello: Any) -> None:
+        if not isinstance(hello, m.Hello):
+            raise XditError(
+                Code.HELLO_REQUIRED,
+                "The daemon does not know this connection: it was restarted, or hello was not said. Connect anew.",
+            )
+        oldest, newest = hello.versions
+        version = min(newest, m.VERSIONS[1])
+        if version < max(oldest, m.VERSIONS[0]):
+            raise XditError(
+                Code.UNSUPPORTED_VERSION,
+                f"The client speaks protocol {oldest} to {newest}, this daemon ({__version__}) {m.VERSIONS[0]} to "
+                f"{m.VERSIONS[1]}; update the older of the two.",
+                oldest=m.VERSIONS[0],
+                newest=m.VERSIONS[1],
+            )
+        limits = self.config.limits
+        if len(self.sessions) >= limits.clients:
+            raise XditError(Code.QUEUE_FULL, f"{limits.clients} clients are connected, which is the limit.")
+        arena = self._claim(hello.token) if hello.token else None
+        pid = arena.pid if arena is not None else hello.pid
+        session = Session(peer, hello.client or f"pid {pid}", pid, arena, hello.id, time.monotonic())
+        self.sessions[peer] = session
+        how = "" if arena is not None else " without shared memory"
+        log.info("Connected%s.", how, extra={"client": session.name, "pid": pid})
+        welcome = m.Welcome(
+            re=hello.id,
+            version=version,
+            daemon=__version__,
+            epoch=self.epoch,
+            capabilities=CAPABILITIES,
+            limits=m.Limits(
+                header_bytes=codec.MAX_HEADER,
+                frames=codec.MAX_FRAMES,
+                frame_bytes=codec.MAX_FRAME,
+                arena_bytes=self.config.arena.per_client_bytes,
+                runs=limits.runs_per_client,
+                queue=limits.queue,
+            ),
+        )
+        self.answer(peer, welcome)
+
+    def _claim(self, token: str) -> Arena:
+        if self.arenas is None:
+            raise XditError(
+                Code.NOT_PERMITTED, "This endpoint has no shared memory: say hello without a token."
+            )
+        return self.arenas.claim(token)
+
+    def _lease_ended(self, token: str) -> None:
+        for session in list(self.sessions.values()):
+            if session.arena is not None and session.arena.token == token:
+                self._disconnect(session, "disconnected")
+
+    def _disconnect(self, session: Session, how: str) -> None:
+        if self.sessions.pop(session.peer, None) is None:
+            return
+        session.alive = False
+        log.info("%s.", how.capitalize(), extra={"client": session.name, "pid": session.pid})
+        arena = session.arena
+        self.gone(session.peer, tuple(arena.segments) if arena is not None else ())
+        if arena is not None and self.arenas is not None:
+            self.arenas.release(arena.token)

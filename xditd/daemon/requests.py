@@ -1,0 +1,275 @@
+"""What each request of a client does: checked against the model's facts, then handed to the dispatcher.
+
+Everything that can be refused is refused here, before a rank is asked: a failure in one rank poisons its group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from xditd.catalog.catalog import Catalog, Found
+from xditd.catalog.families import family
+from xditd.daemon import planner
+from xditd.daemon.devices import Device, free_memory
+from xditd.daemon.dispatcher import Dispatcher
+from xditd.daemon.groups import Group
+from xditd.daemon.ports import ClientPort
+from xditd.daemon.runs import Key, Run, Work
+from xditd.daemon.session import Session
+from xditd.daemon.work import failed
+from xditd.protocol import messages as m
+from xditd.protocol.codec import MAX_HEADER
+from xditd.protocol.errors import Code, XditError
+
+log = logging.getLogger("xditd.requests")
+
+
+class Requests:
+    """The requests that need no socket: models, groups, runs. The server answers Hello and Status itself."""
+
+    def __init__(
+        self,
+        clients: ClientPort,
+        dispatcher: Dispatcher,
+        catalog: Catalog,
+        devices: Sequence[Device],
+        *,
+        dtype: str = "",
+        reserve_memory: int = 0,
+        runs_per_client: int = 16,
+        stop: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            dtype: compute dtype where a request names none; "" is the file's own.
+            reserve_memory: bytes of each GPU that are not ours.
+            stop: ends the daemon, after a Drain that asks for it.
+        """
+        self.clients = clients
+        self.dispatcher = dispatcher
+        self.catalog = catalog
+        self.devices = {device.name: device for device in devices}
+        self.dtype = dtype
+        self.reserve_memory = reserve_memory
+        self.runs_per_client = runs_per_client
+        self.stop = stop
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ending: dict[int, list[tuple[bytes, Struct]]] = {}  # run → answers due when it has ended
+        self._draining: list[tuple[bytes, m.Drain]] = []
+        dispatcher.ended = self._ended
+
+    def handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:
+        """Does what a request asks; its answer follows through the port, at once or later.
+
+        Raises:
+            XditError: the request is refused.
+        """
+        now = time.monotonic()
+        match message:
+            case m.Models():
+                self._spawn(message.id, session, self._models(session, message))
+            case m.Load() | m.OpenRun():
+                self._spawn(message.id, session, self._open(session, message))
+            case m.Unload():
+                self._unload(session, message, now)
+            case m.PutConditioning():
+                run = self._run(session, message.run)
+                family(run.found.info.family).check_conditioning(
+                    run.found.info, message.tensors, message.values
+                )
+                self.dispatcher.put(run, message, frames, now)
+            case m.Denoise() | m.Sample() | m.Decode() | m.Encode():
+                run = self._run(session, message.run)
+                _check_work(run, message)
+                self.dispatcher.ask(run, message, frames, now)
+            case m.Cancel():
+                run = self._run(session, message.run, anybody=True)
+                log.info("Cancelled by %s.", session.name, extra={"run": run.id})
+                self._when_ended(run, session.peer, m.Cancelled(re=message.id, run=run.id))
+                self.dispatcher.stop(run, f"Run {run.id} was cancelled.", now)
+            case m.Close():
+                run = self._run(session, message.run)
+                self._when_ended(run, session.peer, m.Closed(re=message.id, run=run.id))
+                self.dispatcher.stop(run, f"Run {run.id} was closed.", now)
+            case m.Drain():
+                self.dispatcher.draining = True
+                self._draining.append((session.peer, message))
+                log.warning("Draining: no new runs. Asked by %s.", session.name)
+                self._drained()
+            case _:
+                raise XditError(Code.BAD_MESSAGE, "A connection says hello once, at its beginning.")
+
+    def preload(self, peer: bytes, request: m.Load) -> None:
+        """Loads a model that the configuration names; a failure is logged by whoever answers `peer`."""
+        self._spawn(request.id, Session(peer, "preload", 0, None, 0, 0.0), self._load(peer, request))
+
+    def _spawn(self, request: int, session: Session, work: Coroutine[Any, Any, None]) -> None:
+        """Work that reads the disk goes on beside the event loop."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except XditError as error:
+                self.clients.answer(session.peer, failed(request, error.code, error.message))
+            except Exception:
+                log.exception("Request %d of %s failed.", request, session.name)
+                message = "The daemon failed at this request; its log has the traceback."
+                self.clients.answer(session.peer, failed(request, Code.INTERNAL, message))
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ------------------------------------------------------------------------------------------- models
+
+    async def _models(self, session: Session, message: m.Models) -> None:
+        models, skipped = await asyncio.to_thread(self.catalog.list, message.kind)
+        folders = tuple(str(folder) for folder in self.catalog.roots.folders(message.kind))
+        answer = m.ModelList(re=message.id, models=tuple(models), skipped=tuple(skipped), roots=folders)
+        self.clients.answer(session.peer, _fit(answer))
+
+    async def _find(self, ref: m.ModelRef, request: m.PlanRequest) -> tuple[Found, Key]:
+        found: Found = await asyncio.to_thread(self.catalog.find, ref)
+        dtype = ref.dtype or self.dtype or found.info.dtype
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise XditError(
+                Code.BAD_VALUE,
+                f"{ref.name} cannot be computed in {dtype!r}; name float32, float16 or bfloat16.",
+            )
+        plan = planner.plan(request, found.info, list(self.devices))
+        return found, Key(found.path, found.info.part, dtype, plan)
+
+    def _check_memory(self, found: Found, key: Key) -> None:
+        """Refuses what cannot fit on its GPUs, naming what is there. A CPU's memory is not counted."""
+        groups = self.dispatcher.fleet.groups.values()
+        if any(group.key == key for group in groups):
+            return
+        for name in key.plan.devices:
+            free = free_memory(self.devices[name])
+            if free is not None and found.info.bytes > free - self.reserve_memory:
+                here = [f"{g.name} ({g.ref.name})" for g in groups if name in g.devices]
+                raise XditError(
+                    Code.OUT_OF_MEMORY,
+                    f"{found.info.name} has {found.info.bytes / 2**30:.1f} GiB of weights, but {name} has "
+                    f"{(free - self.reserve_memory) / 2**30:.1f} GiB free; "
+                    + (f"unload {' or '.join(here)}." if here else "another program holds the rest."),
+                )
+
+    async def _open(self, session: Session, message: m.OpenRun | m.Load) -> None:
+        if isinstance(message, m.Load):
+            await self._load(session.peer, message)
+            return
+        found, key = await self._find(message.model, message.plan)
+        if not session.alive:
+            return
+        open_runs = sum(run.peer == session.peer for run in self.dispatcher.runs.values())
+        if open_runs >= self.runs_per_client:
+            raise XditError(
+                Code.QUEUE_FULL,
+                f"This connection has {open_runs} open runs, which is the limit; close one first.",
+            )
+        self._check_memory(found, key)
+        run = self.dispatcher.open(session.peer, session.name, message, found, key, time.monotonic())
+        log.info("Opened by %s: %s.", session.name, message.model.name, extra={"run": run.id})
+
+    async def _load(self, peer: bytes, message: m.Load) -> None:
+        self.dispatcher.refuse_if_draining()
+        found, key = await self._find(message.model, message.plan)
+        self._check_memory(found, key)
+        self.dispatcher.fleet.load(peer, message, found, key, time.monotonic())
+
+    def _unload(self, session: Session, message: m.Unload, now: float) -> None:
+        groups = [
+            group for group in self.dispatcher.fleet.groups.values() if group.alive and _meant(message, group)
+        ]
+        if not groups:
+            what = message.group or (message.model.name if message.model else "nothing")
+            raise XditError(
+                Code.NO_SUCH_GROUP, f"There is no group {what!r} to unload; `xditctl status` lists them."
+            )
+        self.dispatcher.unload(groups, message.force, now)
+        log.info("Unloaded by %s: %s.", session.name, ", ".join(group.name for group in groups))
+        self.clients.answer(
+            session.peer, m.Unloaded(re=message.id, groups=tuple(group.name for group in groups))
+        )
+
+    # --------------------------------------------------------------------------------------------- runs
+
+    def _run(self, session: Session, number: int, *, anybody: bool = False) -> Run:
+        run = self.dispatcher.runs.get(number)
+        if run is None or (run.peer != session.peer and not anybody):
+            raise XditError(
+                Code.NO_SUCH_RUN, f"This connection has no run {number}; it has ended, or never was."
+            )
+        return run
+
+    def _when_ended(self, run: Run, peer: bytes, answer: Struct) -> None:
+        self._ending.setdefault(run.id, []).append((peer, answer))
+
+    def _ended(self, run: Run) -> None:
+        for peer, answer in self._ending.pop(run.id, ()):
+            self.clients.answer(peer, answer)
+        self._drained()
+
+    def _drained(self) -> None:
+        if not self._draining or self.dispatcher.runs:
+            return
+        for peer, message in self._draining:
+            self.clients.answer(peer, m.Drained(re=message.id))
+        stop = any(message.stop for _, message in self._draining)
+        self._draining.clear()
+        if stop:
+            self.stop()
+
+
+def _check_work(run: Run, work: Work) -> None:
+    """Refuses what does not fit the run's model."""
+    info, rules = run.found.info, family(run.found.info.family)
+    if isinstance(work, m.Denoise):
+        for item in work.items:
+            rules.check_denoise(info, item.x, item.t, _conditioning(run, item.conditioning), item.out)
+    elif isinstance(work, m.Sample):
+        negative = _conditioning(run, work.negative) if work.negative is not None else None
+        rules.check_sample(info, work, _conditioning(run, work.conditioning), negative)
+    elif isinstance(work, m.Decode):
+        rules.check_decode(info, work.latent, work.out)
+    else:
+        rules.check_encode(info, work.image, work.out)
+
+
+def _conditioning(run: Run, key: str) -> dict[str, Any]:
+    if key not in run.conditioning:
+        known = ", ".join(map(repr, run.conditioning)) or "none"
+        raise XditError(
+            Code.NO_SUCH_CONDITIONING,
+            f"Run {run.id} has no conditioning {key!r}; it has {known}. Put it first.",
+        )
+    return run.conditioning[key][0].tensors
+
+
+def _meant(message: m.Unload, group: Group) -> bool:
+    if message.group:
+        return group.name == message.group
+    wanted = message.model
+    return wanted is not None and (wanted.kind, wanted.name) == (group.ref.kind, group.ref.name)
+
+
+def _fit(answer: m.ModelList) -> m.ModelList:
+    """Cuts a long list to what a header holds, and says how many are missing."""
+    models, skipped, more = list(answer.models), list(answer.skipped), 0
+    while len(msgspec.msgpack.encode(answer)) > MAX_HEADER - 1024:
+        kept = skipped or models
+        cut = max(1, len(kept) // 4)
+        del kept[-cut:]
+        more += cut
+        answer = m.ModelList(
+            re=answer.re, models=tuple(models), skipped=tuple(skipped), roots=answer.roots, more=more
+        )
+    return answer

@@ -1,0 +1,169 @@
+"""The daemon, assembled: its two doors, its core, and what it reports of itself. One event loop, no torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import zmq
+
+from xditd import __version__
+from xditd.catalog.catalog import Catalog
+from xditd.daemon import devices as hardware
+from xditd.daemon import states
+from xditd.daemon.clients import PRELOAD, Clients
+from xditd.daemon.config import Config
+from xditd.daemon.dispatcher import Dispatcher
+from xditd.daemon.fleet import Deadlines
+from xditd.daemon.groups import Restarts
+from xditd.daemon.ranks import Ranks
+from xditd.daemon.requests import Requests
+from xditd.daemon.session import Session
+from xditd.protocol import messages as m
+from xditd.protocol.endpoints import Endpoint
+
+
+class Server:
+    """One daemon's life. `state` is a row of `states.DAEMON`."""
+
+    def __init__(
+        self, config: Config, endpoint: Endpoint, runtime: Path, catalog: Catalog, stop: Callable[[], None]
+    ) -> None:
+        """
+        Args:
+            endpoint: where clients come.
+            runtime: a folder of ours alone, for the ranks' socket and rendezvous files.
+            stop: asks whoever runs the server to end it.
+
+        Raises:
+            XditError: `bad_config` where devices that it names are not there.
+            zmq.ZMQError: an endpoint cannot be bound.
+        """
+        self.config = config
+        self.state = "starting"
+        self.started = time.monotonic()
+        self.devices = hardware.own(config.devices.kind, config.devices.use, config.devices.cpu_ranks)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self.clients = Clients(self._context, endpoint, config, handle=self._handle, gone=self._client_gone)
+        self.ranks = Ranks(self._context, runtime, config, self._arena_of)
+        limits = config.deadlines
+        self.dispatcher = Dispatcher(
+            self.clients,
+            self.ranks,
+            Deadlines(
+                limits.load, limits.first_turn, limits.turn, leave=limits.stop, run_idle=limits.run_idle
+            ),
+            Restarts(config.restart.limit, config.restart.window, config.restart.backoff),
+            queue=config.limits.queue,
+        )
+        self.ranks.dispatcher = self.dispatcher
+        self.requests = Requests(
+            self.clients,
+            self.dispatcher,
+            catalog,
+            self.devices,
+            dtype=config.compute.dtype,
+            reserve_memory=config.devices.reserve_memory,
+            runs_per_client=config.limits.runs_per_client,
+            stop=stop,
+        )
+
+    def go(self, event: str) -> None:
+        self.state = states.after(states.DAEMON, self.state, event)
+
+    async def start(self) -> None:
+        """Opens the doors and loads what the configuration names."""
+        await self.clients.start()
+        for number, preload in enumerate(self.config.models.preload, 1):
+            self.requests.preload(PRELOAD, m.Load(id=number, model=preload.ref, plan=preload.plan))
+        self.go("ready")
+
+    def drain(self) -> None:
+        """Takes nothing new from now on."""
+        self.go("drain")
+        self.dispatcher.draining = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request of a client is under way."""
+        return any(run.asked is not None for run in self.dispatcher.runs.values())
+
+    @property
+    def empty(self) -> bool:
+        """Whether all ranks are gone."""
+        return not self.ranks.executor.processes
+
+    def end_runs(self) -> None:
+        """Ends every run and tells every group to leave."""
+        self.go("stop")
+        self.dispatcher.close(time.monotonic())
+
+    async def close(self) -> None:
+        """Kills what is left and closes the doors."""
+        await self.clients.close()
+        self.ranks.close()
+        self._context.destroy(linger=200)
+
+    def tick(self) -> None:
+        """The clock: deadlines, and clients that left without a word."""
+        now = time.monotonic()
+        self.dispatcher.tick(now)
+        self.clients.forget_quiet({run.peer for run in self.dispatcher.runs.values()}, now)
+
+    def report(self, request: int) -> m.StatusReport:
+        """What `xditctl status` shows."""
+        now = time.monotonic()
+        dispatcher, arenas = self.dispatcher, self.clients.arenas
+        leases = arenas.list() if arenas is not None else []
+        groups = dispatcher.fleet.groups.values()
+        pids = [rank.pid for group in groups for rank in group.ranks if rank.pid and not rank.gone]
+        rss = {pid: used for pid in pids if (used := _rss(pid)) is not None}
+        names = {s.arena.token: s.name for s in self.clients.sessions.values() if s.arena is not None}
+        return m.StatusReport(
+            re=request,
+            state=self.state if not dispatcher.draining or self.state != "serving" else "draining",
+            version=__version__,
+            epoch=self.clients.epoch,
+            pid=os.getpid(),
+            uptime=now - self.started,
+            devices=hardware.status(self.devices, dispatcher.turns.busy),
+            groups=tuple(group.status(len(dispatcher.runs_on(group)), rss) for group in groups),
+            runs=tuple(run.status(now, dispatcher.position(run)) for run in dispatcher.runs.values()),
+            arenas=tuple(
+                m.ArenaStatus(
+                    client=names.get(arena.token, ""),
+                    pid=arena.pid,
+                    uid=arena.uid,
+                    segments=len(arena.segments),
+                    bytes=arena.nbytes,
+                )
+                for arena in leases
+            ),
+            arena_bytes=arenas.in_use_bytes if arenas is not None else 0,
+            arena_limit=self.config.arena.total_bytes,
+        )
+
+    def _handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:
+        if isinstance(message, m.Status):
+            self.clients.answer(session.peer, self.report(message.id))
+        else:
+            self.requests.handle(session, message, frames)
+
+    def _client_gone(self, peer: bytes, segments: tuple[int, ...]) -> None:
+        self.ranks.forget_segments(segments)
+        self.dispatcher.client_gone(peer, segments, time.monotonic())
+
+    def _arena_of(self, peer: bytes) -> Any:
+        session = self.clients.sessions.get(peer)
+        return session.arena if session is not None else None
+
+
+def _rss(pid: int) -> int | None:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return None
