@@ -1,0 +1,1 @@
+"""Flux.1, dev and schnell, of any width and depth."""

@@ -1,0 +1,1 @@
+"""AutoencoderKL: the VAE of Flux, SD3, SDXL and their kin."""

@@ -1,0 +1,80 @@
+"""The families that can be loaded, and the one way to load one. A new family is a folder here and a row."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from xditd.catalog.families import family
+from xditd.models.reading import WeightFile
+from xditd.protocol.errors import Code, XditError
+
+PREFIXES = {"transformer": ("", "model.diffusion_model."), "vae": ("", "vae.", "first_stage_model.")}
+"""Of a file's keys, by part: alone in its file, or in a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One family: what part of an image's making it is, and the module whose `load` makes its network."""
+
+    part: str  # "transformer" or "vae"
+    module: str  # imported when it is needed: importing diffusers takes seconds
+
+
+FAMILIES = {
+    "flux": Row("transformer", "xditd.models.flux.network"),
+    "autoencoder_kl": Row("vae", "xditd.models.vae.network"),
+}
+
+
+class Transformer(Protocol):
+    """What a transformer family's `load` returns."""
+
+    backbone: Any
+    call: Any
+    heads: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def condition(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Any:
+        """A conditioning from what a client put."""
+
+    def predict(self, x: torch.Tensor, sigma: torch.Tensor, conditioning: Any) -> torch.Tensor:
+        """The network's raw output at x."""
+
+
+def load(name: str, path: str | os.PathLike[str], part: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The network of a model file.
+
+    Args:
+        name: of the family.
+        path: of the file.
+        part: of the file: "transformer" or "vae".
+        device: where it goes.
+        dtype: of its arithmetic.
+
+    Returns:
+        A `Transformer` or a `vae.network.Autoencoder`.
+
+    Raises:
+        XditError: `unknown_family`, `file_invalid` and what else `catalog` finds wrong with the file.
+    """
+    row = FAMILIES.get(name)
+    if row is None:
+        raise XditError(
+            Code.UNKNOWN_FAMILY, f"No family {name!r} can be loaded; there are {', '.join(FAMILIES)}."
+        )
+    if row.part != part:
+        raise XditError(Code.UNKNOWN_FAMILY, f"{name} is a {row.part}; it cannot be loaded as a {part}.")
+    file = WeightFile(path)
+    for prefix in PREFIXES[part]:
+        found = family(name).detect(file.header, prefix)
+        if found is not None:
+            network = importlib.import_module(row.module)
+            return network.load(file, found.facts, prefix, device, dtype)
+    raise XditError(Code.FILE_INVALID, f"{file.header.name} holds no {name}; choose the model's own file.")

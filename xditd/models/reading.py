@@ -1,0 +1,168 @@
+"""Weights from a safetensors file into a network made on torch's meta device. Knows no family.
+
+The file is mapped, not read: on a CPU a parameter whose dtype is the compute dtype *is* the file's page cache, so
+ranks of one machine share it and hold no copy; on a GPU it goes there through two pinned buffers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from xditd.catalog.header import Header, read_header
+from xditd.protocol.errors import Code, XditError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes of files that are loaded, by the format's names (`catalog.families.expected.LOADABLE`)."""
+
+STAGING = 64 << 20
+"""Bytes of one pinned buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a parameter comes from.
+
+    Attributes:
+        key: of the file's tensor.
+        rows: of its first dimension, from and up to; None is all.
+        swapped: the halves of the first dimension change places.
+        squeezed: dimensions after the second are dropped, all of size 1 (a 1×1 convolution is a linear layer).
+    """
+
+    key: str
+    rows: tuple[int, int] | None = None
+    swapped: bool = False
+    squeezed: bool = False
+
+    def shape(self, of: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's shape, where the file's tensor has shape `of`."""
+        first = of[0] if self.rows is None else max(0, min(self.rows[1], of[0]) - self.rows[0])
+        rest = of[1:2] if self.squeezed and all(size == 1 for size in of[2:]) else of[1:]
+        return (first, *rest)
+
+
+class WeightFile:
+    """A mapped safetensors file: its header, and its tensors as views of the mapping.
+
+    Raises:
+        XditError: as `catalog.header.read_header` does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.header: Header = read_header(path)
+        # Private: nobody writes to weights, and a write would not reach the file. Shared with others all the same
+        # until then, as the kernel copies a page at the first write only.
+        storage = torch.UntypedStorage.from_file(os.fspath(path), False, self.header.bytes)
+        self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One tensor, on the CPU, in the file's dtype; a view of the mapping."""
+        entry = self.header.tensors[key]
+        dtype = DTYPES[entry.dtype]
+        begin, end = self.header.data_offset + entry.begin, self.header.data_offset + entry.end
+        raw = self._bytes[begin:end]
+        if begin % dtype.itemsize:
+            raw = raw.clone()  # a writer that aligned nothing; torch cannot view it in place
+        return raw.view(dtype).view(entry.shape)
+
+
+def fill(
+    network: nn.Module,
+    pieces: Mapping[str, Piece],
+    file: WeightFile,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Gives every parameter and buffer of a network its value.
+
+    Args:
+        network: made on the meta device; its parameters are replaced.
+        pieces: by the name of the parameter.
+        file: where they are read.
+        device: where they go.
+        dtype: what they become.
+
+    Raises:
+        XditError: `file_invalid` naming the first keys that are missing or of another shape than the network's.
+    """
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    _check(expected, pieces, file.header)
+    place = _Uploader(device) if device.type == "cuda" else None
+    state = {}
+    for name in expected:
+        piece = pieces[name]
+        value = file.tensor(piece.key)
+        if piece.rows is not None:
+            value = value[piece.rows[0] : piece.rows[1]]
+        if place is not None:
+            value = place(value)
+        value = value.to(dtype)
+        if piece.swapped:
+            value = torch.cat(value.chunk(2)[::-1])
+        state[name] = value.reshape(expected[name]) if piece.squeezed else value
+    network.load_state_dict(state, assign=True, strict=True)
+    network.requires_grad_(False).eval()
+    if place is not None:
+        place.finish()
+
+
+def _check(expected: Mapping[str, tuple[int, ...]], pieces: Mapping[str, Piece], header: Header) -> None:
+    nowhere = [name for name in expected if name not in pieces]
+    if nowhere:
+        raise XditError(Code.FILE_INVALID, f"{header.name} has no key for {_some(nowhere)} of its network.")
+    missing = [pieces[name].key for name in expected if pieces[name].key not in header.tensors]
+    if missing:
+        raise XditError(Code.FILE_INVALID, f"{header.name} lacks {_some(missing)}; fetch it again.")
+    for name, shape in expected.items():
+        piece = pieces[name]
+        entry = header.tensors[piece.key]
+        if entry.dtype not in DTYPES:
+            raise XditError(
+                Code.NOT_BUILT,
+                f"{piece.key} of {header.name} is {entry.dtype}, which this version does not load; "
+                "use the model's bf16 or fp16 file.",
+            )
+        if piece.shape(entry.shape) != shape:
+            raise XditError(
+                Code.FILE_INVALID,
+                f"{piece.key} of {header.name} has shape {list(entry.shape)}, which does not give "
+                f"{name} its {list(shape)}.",
+            )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+class _Uploader:
+    """Copies to a GPU through two pinned buffers: one is filled while the other is on its way."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers = [torch.empty(STAGING, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._sent = [torch.cuda.Event(), torch.cuda.Event()]
+        self._next = 0
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        target = torch.empty(value.shape, dtype=value.dtype, device=self._device)
+        source, sink = value.view(-1).view(torch.uint8), target.view(-1).view(torch.uint8)
+        for begin in range(0, source.numel(), STAGING):
+            chunk = source[begin : begin + STAGING]
+            buffer, sent = self._buffers[self._next][: chunk.numel()], self._sent[self._next]
+            self._next ^= 1
+            sent.synchronize()  # what it carried before has arrived
+            buffer.copy_(chunk)
+            sink[begin : begin + STAGING].copy_(buffer, non_blocking=True)
+            sent.record()
+        return target
+
+    def finish(self) -> None:
+        """Waits until all is there; the buffers may go then."""
+        for sent in self._sent:
+            sent.synchronize()

@@ -1,0 +1,53 @@
+"""AutoencoderKL on a device: ComfyUI's LATENT and IMAGE in and out. Knows no ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from xditd.models.reading import WeightFile, fill
+from xditd.models.vae import keys
+from xditd.models.vae.config import config
+
+
+class Autoencoder:
+    """An AutoencoderKL. Latents are unscaled, as ComfyUI's LATENT; images are in 0..1, channels last."""
+
+    def __init__(self, backbone: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
+        self.backbone = backbone
+        self.device = device
+        self.dtype = dtype
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """A latent [B, C, h, w] as an image [B, H, W, 3], float32."""
+        image = self.backbone.decode(latent.to(self.dtype), return_dict=False)[0]
+        return image.float().add_(1).div_(2).clamp_(0, 1).permute(0, 2, 3, 1)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """An image [B, H, W, 3] as a latent [B, C, h, w], float32: the mode of its distribution."""
+        image = image.permute(0, 3, 1, 2).to(self.dtype).mul(2).sub_(1)
+        latent: torch.Tensor = self.backbone.encode(image, return_dict=False)[0].mode()
+        return latent.float()
+
+
+def load(
+    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
+) -> Autoencoder:
+    """An AutoencoderKL from a file in its makers' layout.
+
+    Args:
+        file: mapped.
+        facts: as `catalog.families.autoencoder_kl.detect` finds them in it.
+        prefix: of its keys.
+        device: where it goes.
+        dtype: of its parameters and its arithmetic.
+
+    Raises:
+        XditError: `file_invalid` naming keys.
+    """
+    with torch.device("meta"):
+        backbone = AutoencoderKL(**config(facts))
+    fill(backbone, keys.pieces(facts, prefix), file, device, dtype)
+    return Autoencoder(backbone, device, dtype)
