@@ -57,6 +57,9 @@ class Code(str, Enum):
     BAD_CONFIG = "bad_config"
     TIMEOUT = "timeout"
 
+    def __str__(self) -> str:
+        return self.value
+
 
 class XditError(Exception):
     """A refusal or failure with a code, a sentence to act on, and details for programs.
@@ -77,5 +80,4 @@ class XditError(Exception):
         self.details = details
 
     def __str__(self) -> str:
-        code = self.code.value if isinstance(self.code, Code) else self.code
-        return f"{self.message} [{code}]"
+        return f"{self.message} [{self.code}]"

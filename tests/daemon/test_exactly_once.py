@@ -1,0 +1,130 @@
+"""Whatever happens in whatever order: every request is answered exactly once, and nothing is left over."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.daemon.world import DEADLINES, REF, VAE, World
+from xditd.protocol import messages as m
+from xditd.protocol import orders as o
+from xditd.protocol.errors import XditError
+
+
+class Daemon(RuleBasedStateMachine):
+    """Clients ask, cancel and die; ranks answer, raise, hang and die; the clock runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(restart_limit=4)
+        self.requests: list[int] = []
+
+    def runs(self) -> list:
+        return list(self.world.core.runs.values())
+
+    def groups(self, *states: str) -> list:
+        return [g for g in self.world.core.fleet.groups.values() if g.state in states]
+
+    @rule(peer=st.sampled_from([b"a", b"b"]), ref=st.sampled_from([REF, VAE]), one=st.booleans())
+    def open(self, peer, ref, one):
+        try:
+            run = self.world.open(peer=peer, ref=ref, devices=("cpu:0",) if one else ())
+        except XditError as error:
+            assert error.code == "model_failed"
+            return
+        self.requests.append(run.reopen)
+
+    @precondition(lambda self: self.groups("starting"))
+    @rule(data=st.data())
+    def become_ready(self, data):
+        self.world.ready(data.draw(st.sampled_from(self.groups("starting"))))
+
+    @precondition(lambda self: any(run.asked is None and run.announced for run in self.runs()))
+    @rule(data=st.data(), whole=st.booleans())
+    def ask(self, data, whole):
+        run = data.draw(st.sampled_from([r for r in self.runs() if r.asked is None and r.announced]))
+        self.requests.append(self.world.sample(run) if whole else self.world.denoise(run))
+
+    @precondition(lambda self: any(group.turn for group in self.groups("ready", "leaving")))
+    @rule(data=st.data())
+    def finish_turn(self, data):
+        self.world.finish_turn(
+            data.draw(st.sampled_from([g for g in self.groups("ready", "leaving") if g.turn]))
+        )
+
+    @precondition(lambda self: self.runs())
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.world.core.stop(data.draw(st.sampled_from(self.runs())), "cancelled", self.world.now)
+
+    @rule(peer=st.sampled_from([b"a", b"b"]))
+    def client_dies(self, peer):
+        self.world.core.client_gone(peer, (1,), self.world.now)
+
+    @precondition(lambda self: self.groups("starting", "ready", "leaving"))
+    @rule(data=st.data(), rank=st.integers(0, 1))
+    def rank_dies(self, data, rank):
+        group = data.draw(st.sampled_from(self.groups("starting", "ready", "leaving")))
+        self.world.die(group, rank % len(group.ranks))
+
+    @precondition(lambda self: any(group.turn for group in self.groups("ready")))
+    @rule(data=st.data(), alive=st.booleans())
+    def rank_raises(self, data, alive):
+        group = data.draw(st.sampled_from([g for g in self.groups("ready") if g.turn]))
+        alive = alive and len(group.ranks) == 1
+        report = o.RankFailed(
+            rank=0, order=group.turn, code="rank_failed", message="m", traceback="", alive=alive
+        )
+        self.world.core.rank_failed(group, report, self.world.now)
+        if not alive:
+            self.world.leave(group)
+
+    @precondition(lambda self: self.groups("ready"))
+    @rule(data=st.data(), force=st.booleans())
+    def unload(self, data, force):
+        group = data.draw(st.sampled_from(self.groups("ready")))
+        try:
+            self.world.core.unload([group], force, self.world.now)
+        except XditError as error:
+            assert error.code == "group_busy"
+
+    @rule(seconds=st.sampled_from([0.1, 5.0, DEADLINES.turn + 1, DEADLINES.load + 1]))
+    def time_passes(self, seconds):
+        self.world.pass_time(seconds)
+        for group in self.groups("failed"):  # SIGKILL does its work
+            self.world.leave(group)
+
+    @invariant()
+    def nobody_is_answered_twice(self):
+        for request in self.requests:
+            final = [r for r in self.world.of(request) if r.__struct_config__.tag not in m.EVENTS]
+            assert len(final) <= 1, final
+
+    @invariant()
+    def devices_are_busy_only_with_turns_under_way(self):
+        core = self.world.core
+        busy = [d for g in core.fleet.groups.values() if g.turn for d in g.devices]
+        assert len(busy) == len(set(busy)), "two turns on one device"
+        assert set(busy) == core.turns.busy
+        assert len(core.turns.under_way) == sum(g.turn is not None for g in core.fleet.groups.values())
+
+    def teardown(self):
+        """In the end everything is answered and gone."""
+        world = self.world
+        world.core.close(world.now)
+        for group in list(world.core.fleet.groups.values()):
+            if group.turn is not None:
+                world.finish_turn(group)
+            if group.state in ("leaving", "failed"):
+                world.leave(group)
+        assert world.core.runs == {}
+        assert all(group.state == "gone" for group in world.core.fleet.groups.values())
+        assert world.core.turns.busy == set()
+        assert world.core.turns.waiting == []
+        for request in self.requests:
+            world.end_of(request)
+
+
+Daemon.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestExactlyOnce = Daemon.TestCase

@@ -1,0 +1,142 @@
+"""A world for the daemon's core: it writes down what the core asks for, and plays the ranks and the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec import Struct
+
+from xditd.catalog.catalog import Found
+from xditd.daemon.dispatcher import Dispatcher
+from xditd.daemon.fleet import Deadlines
+from xditd.daemon.groups import Group, Restarts
+from xditd.daemon.runs import Key, Run
+from xditd.protocol import messages as m
+from xditd.protocol import orders as o
+from xditd.protocol.tensors import Tensor
+
+DEADLINES = Deadlines(load=100.0, first_turn=50.0, turn=10.0, leave=5.0, run_idle=30.0)
+
+REF = m.ModelRef(kind="diffusion_models", name="flux.safetensors")
+VAE = m.ModelRef(kind="vae", name="ae.safetensors")
+
+LATENT = Tensor(dtype="float32", shape=(1, 16, 8, 8), segment=1)
+
+
+def info(name: str, family: str) -> m.ModelInfo:
+    return m.ModelInfo(
+        kind="", name=name, part="", family=family, variant="", dtype="float32", bytes=1, parameters=1
+    )
+
+
+@dataclass
+class World:
+    """Both ports of the core, and its hands."""
+
+    devices: tuple[str, ...] = ("cpu:0", "cpu:1")
+    restart_limit: int = 3
+    now: float = 1000.0
+    answers: list[tuple[bytes, Struct]] = field(default_factory=list)
+    orders: list[tuple[str, Struct]] = field(default_factory=list)
+    started: list[Group] = field(default_factory=list)
+    killed: list[Group] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        restarts = Restarts(self.restart_limit, 300.0)
+        self.core = Dispatcher(self, self, DEADLINES, restarts, ended=lambda run: self.ended.append(run.id))
+        self._requests = 0
+
+    # What the core asks for.
+
+    def answer(self, peer: bytes, reply: Struct, frames: Sequence[Any] = ()) -> None:
+        self.answers.append((peer, reply))
+
+    def order(self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()) -> None:
+        self.orders.append((group.name, order))
+
+    def start(self, group: Group) -> None:
+        self.started.append(group)
+
+    def kill(self, group: Group) -> None:
+        self.killed.append(group)
+
+    # What happens in the world.
+
+    def request(self) -> int:
+        self._requests += 1
+        return self._requests
+
+    def open(self, peer: bytes = b"comfy", ref: m.ModelRef = REF, devices: tuple[str, ...] = ()) -> Run:
+        devices = devices or self.devices
+        found = Found(path=f"/{ref.name}", info=info(ref.name, "echo"), prefix="")
+        key = Key(found.path, "", "float32", m.Plan(devices=devices, ulysses=len(devices)))
+        return self.core.open(peer, "test", m.OpenRun(id=self.request(), model=ref), found, key, self.now)
+
+    def open_ready(self, **arguments: Any) -> Run:
+        run = self.open(**arguments)
+        if run.state == "queued":
+            self.ready(self.started[-1])
+        return run
+
+    def ready(self, group: Group) -> None:
+        for rank in group.ranks:
+            report = o.RankReady(rank=rank.rank, seconds=1.0, device_memory=None, attention="")
+            self.core.fleet.rank_ready(group, report, self.now)
+
+    def denoise(self, run: Run) -> int:
+        item = m.DenoiseItem(x=LATENT, t=(1.0,), conditioning="c")
+        work = m.Denoise(id=self.request(), run=run.id, items=(item,))
+        self.core.ask(run, work, (), self.now)
+        return work.id
+
+    def sample(self, run: Run, steps: int = 3) -> int:
+        sigmas = tuple(1 - i / steps for i in range(steps)) + (0.0,)
+        work = m.Sample(
+            id=self.request(), run=run.id, sampler="euler", sigmas=sigmas, noise=LATENT, conditioning="c"
+        )
+        self.core.ask(run, work, (), self.now)
+        return work.id
+
+    def finish_turn(self, group: Group) -> None:
+        """Rank 0 reports the turn that the group is in."""
+        assert group.turn is not None
+        done = o.TurnDone(order=group.turn, outputs=(LATENT,), seconds=0.1)
+        self.core.turn_done(group, done, (), self.now)
+
+    def die(self, group: Group, rank: int = 0) -> None:
+        """One rank is killed from outside; the others follow, since the core kills them."""
+        self.core.fleet.rank_gone(group, rank, "was killed by SIGKILL", self.now)
+        for other in group.ranks:
+            if not other.gone:
+                self.core.fleet.rank_gone(group, other.rank, "was killed by SIGKILL", self.now)
+
+    def leave(self, group: Group) -> None:
+        for rank in group.ranks:
+            self.core.fleet.rank_gone(group, rank.rank, "exited with code 0", self.now)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.core.tick(self.now)
+
+    # What is known of it.
+
+    def group(self, run: Run) -> Group:
+        return self.core.fleet.groups[run.group]
+
+    def turns(self) -> list[int]:
+        """The runs that got turns, in order."""
+        kinds = (o.TurnDenoise, o.TurnSample, o.TurnDecode, o.TurnEncode)
+        return [order.run for _, order in self.orders if isinstance(order, kinds)]
+
+    def of(self, request: int) -> list[Struct]:
+        """Every reply and event that names the request."""
+        return [reply for _, reply in self.answers if getattr(reply, "re", None) == request]
+
+    def end_of(self, request: int) -> Struct:
+        """The one answer to a request: never none, never two."""
+        final = [r for r in self.of(request) if r.__struct_config__.tag not in m.EVENTS]
+        assert len(final) == 1, final
+        return final[0]
