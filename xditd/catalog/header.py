@@ -97,18 +97,20 @@ def read_header(path: str | os.PathLike[str], name: str = "") -> Header:
             Code.MODEL_NOT_VISIBLE,
             f"{name} cannot be opened: {error.strerror}; let the daemon's user read it.",
         ) from error
-    with open(descriptor, "rb", buffering=0) as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise XditError(Code.FILE_REFUSED, f"{name} is not a regular file.")
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             start = file.read(64)
             _refuse_foreign(name, start)
             length = _length(name, start, status.st_size)
             file.seek(8)
             text = file.read(length)
-        except OSError as error:
-            raise XditError(Code.FILE_INVALID, f"{name} cannot be read: {error.strerror}.") from error
+    except OSError as error:
+        raise XditError(Code.FILE_INVALID, f"{name} cannot be read: {error.strerror}.") from error
+    finally:
+        os.close(descriptor)
     if len(text) != length:
         raise XditError(Code.FILE_INVALID, f"{name} was cut short while it was read; try again.")
     return parse_header(name, text, status.st_size)
