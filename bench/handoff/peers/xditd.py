@@ -1,0 +1,2 @@
+class Xditd:
+    name = "xditd"
