@@ -242,7 +242,9 @@ def test_a_load_that_raises_is_given_up_at_once_with_its_reason():
     world = World()
     run = world.open()
     group = world.started[0]
-    report = o.RankFailed(rank=0, order=None, code="file_invalid", message="no key", traceback="", alive=False)
+    report = o.RankFailed(
+        rank=0, order=None, code="file_invalid", message="no key", traceback="", alive=False
+    )
     world.core.rank_failed(group, report, world.now)
     failed = world.end_of(run.reopen)
     assert failed.code == "file_invalid"
@@ -349,3 +351,15 @@ def test_nothing_new_while_draining():
     world.core.draining = True
     with pytest.raises(XditError, match="draining"):
         world.open()
+
+
+def test_a_group_that_dies_while_it_leaves_frees_its_devices_and_ends_its_run():
+    world = World()
+    run = world.open_ready()
+    request = world.denoise(run)
+    group = world.group(run)
+    world.core.unload([group], True, world.now)
+    world.die(group)
+    assert world.end_of(request).code == "run_cancelled"
+    assert world.core.turns.busy == set()
+    assert world.core.runs == {}

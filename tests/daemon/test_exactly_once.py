@@ -31,7 +31,8 @@ class Daemon(RuleBasedStateMachine):
         try:
             run = self.world.open(peer=peer, ref=ref, devices=("cpu:0",) if one else ())
         except XditError as error:
-            assert error.code == "model_failed"
+            if error.code != "model_failed":
+                raise
             return
         self.requests.append(run.reopen)
 
@@ -87,7 +88,8 @@ class Daemon(RuleBasedStateMachine):
         try:
             self.world.core.unload([group], force, self.world.now)
         except XditError as error:
-            assert error.code == "group_busy"
+            if error.code != "group_busy":
+                raise
 
     @rule(seconds=st.sampled_from([0.1, 5.0, DEADLINES.turn + 1, DEADLINES.load + 1]))
     def time_passes(self, seconds):

@@ -54,7 +54,9 @@ class World:
     def answer(self, peer: bytes, reply: Struct, frames: Sequence[Any] = ()) -> None:
         self.answers.append((peer, reply))
 
-    def order(self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()) -> None:
+    def order(
+        self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()
+    ) -> None:
         self.orders.append((group.name, order))
 
     def start(self, group: Group) -> None:
@@ -93,7 +95,7 @@ class World:
         return work.id
 
     def sample(self, run: Run, steps: int = 3) -> int:
-        sigmas = tuple(1 - i / steps for i in range(steps)) + (0.0,)
+        sigmas = (*(1 - i / steps for i in range(steps)), 0.0)
         work = m.Sample(
             id=self.request(), run=run.id, sampler="euler", sigmas=sigmas, noise=LATENT, conditioning="c"
         )

@@ -1,0 +1,101 @@
+"""What is asked and what is there become a plan, or a sentence that says what would work."""
+
+from __future__ import annotations
+
+import pytest
+
+from xditd.daemon.planner import plan
+from xditd.protocol import messages as m
+from xditd.protocol.errors import XditError
+
+
+def flux(heads: int = 24) -> m.ModelInfo:
+    return m.ModelInfo(
+        kind="diffusion_models",
+        name="flux.safetensors",
+        part="transformer",
+        family="flux",
+        variant="dev",
+        dtype="bfloat16",
+        bytes=1,
+        parameters=1,
+        facts={"heads": heads, "head_dim": 128},
+    )
+
+
+VAE = m.ModelInfo(
+    kind="vae",
+    name="ae",
+    part="vae",
+    family="autoencoder_kl",
+    variant="",
+    dtype="float32",
+    bytes=1,
+    parameters=1,
+)
+
+GPUS = [f"cuda:{index}" for index in range(8)]
+
+
+def degrees(made: m.Plan) -> tuple[int, int]:
+    return made.ulysses, made.ring
+
+
+@pytest.mark.parametrize(
+    ("heads", "devices", "expected"),
+    [
+        (24, 1, (1, 1)),
+        (24, 2, (2, 1)),
+        (24, 4, (4, 1)),
+        (24, 8, (8, 1)),
+        (2, 4, (2, 2)),
+        (3, 2, (1, 2)),
+        (24, 5, (1, 5)),
+    ],
+)
+def test_auto_takes_ulysses_as_far_as_the_heads_divide_and_ring_for_the_rest(heads, devices, expected):
+    made = plan(m.PlanRequest(), flux(heads), GPUS[:devices])
+    assert degrees(made) == expected
+    assert len(made.devices) == devices
+
+
+def test_a_vae_takes_one_device():
+    assert plan(m.PlanRequest(), VAE, GPUS).devices == ("cuda:0",)
+
+
+def test_devices_are_named_by_index_or_in_full_and_keep_their_order():
+    made = plan(m.PlanRequest(devices=("3", "cuda:1")), flux(), GPUS)
+    assert made.devices == ("cuda:3", "cuda:1")
+
+
+def test_degrees_alone_take_as_many_devices_as_they_need():
+    made = plan(m.PlanRequest(ulysses=2, ring=2), flux(), GPUS)
+    assert made.devices == ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
+    assert degrees(made) == (2, 2)
+
+
+def test_a_degree_left_open_is_filled():
+    assert degrees(plan(m.PlanRequest(ring=2, devices=("0", "1", "2", "3")), flux(), GPUS)) == (2, 2)
+    assert degrees(plan(m.PlanRequest(ulysses=2, devices=("0", "1", "2", "3")), flux(), GPUS)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "word"),
+    [
+        (m.PlanRequest(ulysses=3, devices=("0", "1")), "bad_plan", "ulysses 3 makes 3, but 2 devices"),
+        (m.PlanRequest(ulysses=2, ring=2, devices=("0", "1")), "bad_plan", "ulysses 2 × ring 2 makes 4"),
+        (m.PlanRequest(ulysses=16), "bad_plan", "needs 16 devices"),
+        (m.PlanRequest(ulysses=5, devices=("0", "1", "2", "3", "4")), "bad_plan", "24"),
+        (m.PlanRequest(devices=("9",)), "bad_device", "cuda:0"),
+        (m.PlanRequest(devices=("1", "cuda:1")), "bad_device", "twice"),
+        (m.PlanRequest(strategy="PipeFusion"), "not_built", "USP"),
+        (m.PlanRequest(strategy="magic"), "bad_plan", "auto"),
+        (m.PlanRequest(cfg=2, devices=("0", "1")), "not_built", ""),
+        (m.PlanRequest(ulysses=1, ring=1, devices=("0", "1")), "bad_plan", "leave a degree open"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_would_work(request_, code, word):
+    with pytest.raises(XditError) as refused:
+        plan(request_, flux(), GPUS)
+    assert refused.value.code == code
+    assert word in refused.value.message
