@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import getpass
 import logging
-import os
 import resource
 import signal
 import sys
@@ -70,8 +69,6 @@ async def _serve(config: Config) -> int:
         except zmq.ZMQError as error:
             raise XditError(Code.BAD_CONFIG, f"{endpoint.address} cannot be listened on: {error}.") from error
         try:
-            if endpoint.path is not None:
-                os.chmod(endpoint.path, 0o660)
             await server.start()
             tasks = [loop.create_task(notifier.keep_watchdog()), loop.create_task(_tick(server))]
             devices = ", ".join(device.name for device in server.devices)

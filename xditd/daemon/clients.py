@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ CAPABILITIES = ("flux", "autoencoder_kl", "ulysses", "ring", "sample", "frames",
 
 PRELOAD = b"preload"
 """The peer in whose name the daemon loads models itself; no ZeroMQ identity is it."""
+
+_DOOR = {False: "new clients have to wait", True: "new clients are taken again"}
 
 Handle = Callable[[Session, Any, Sequence[Any]], None]
 """Called with (session, request, frames); raises XditError to refuse."""
@@ -100,6 +103,15 @@ class Clients:
         for session in list(self.sessions.values()):
             if session.arena is None and session.peer not in holding and now - session.heard > limit:
                 self._disconnect(session, "forgotten: it was quiet")
+
+    def watch_descriptors(self) -> None:
+        """Takes no connections while few file descriptors are left: libzmq aborts the process when there are none."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        used = len(os.listdir("/proc/self/fd"))
+        wanted = used < limit * (0.7 if not self._wire.listening else 0.8)
+        if wanted != self._wire.listening:
+            log.warning("%d of %d file descriptors are in use: %s.", used, limit, _DOOR[wanted])
+            self._wire.listen(wanted)
 
     def _receive(self, peer: bytes, header: bytes, frames: list[zmq.Frame]) -> None:
         request: int | None = None

@@ -46,6 +46,7 @@ class Server:
         self.config = config
         self.state = "starting"
         self.started = time.monotonic()
+        self._look = 0.0  # monotonic seconds of the next look at what needs no haste
         self.devices = hardware.own(config.devices.kind, config.devices.use, config.devices.cpu_ranks)
         self._context: zmq.Context[Any] = zmq.Context()
         self.clients = Clients(self._context, endpoint, config, handle=self._handle, gone=self._client_gone)
@@ -112,7 +113,10 @@ class Server:
         """The clock: deadlines, and clients that left without a word."""
         now = time.monotonic()
         self.dispatcher.tick(now)
-        self.clients.forget_quiet({run.peer for run in self.dispatcher.runs.values()}, now)
+        if now >= self._look:
+            self._look = now + 1.0
+            self.clients.forget_quiet({run.peer for run in self.dispatcher.runs.values()}, now)
+            self.clients.watch_descriptors()
 
     def report(self, request: int) -> m.StatusReport:
         """What `xditctl status` shows."""

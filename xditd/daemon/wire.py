@@ -7,6 +7,7 @@ followed by a look at whether more waits, and the socket is drained whenever it 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,9 +40,20 @@ class Wire:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         for name, value in options.items():
             self._socket.setsockopt(getattr(zmq, name), value)
-        self._socket.bind(endpoint)
+        self.listening = False
+        self.listen(True)
         self._fd = self._socket.getsockopt(zmq.FD)
         self._loop.add_reader(self._fd, self.drain)
+
+    def listen(self, wanted: bool) -> None:
+        """Takes new connections, or takes none while those there are stay. Whoever may reach the folder may connect."""
+        if wanted and not self.listening:
+            self._socket.bind(self.endpoint)
+            if self.endpoint.startswith("ipc://"):
+                os.chmod(self.endpoint[len("ipc://") :], 0o660)
+        elif self.listening and not wanted:
+            self._socket.unbind(self.endpoint)
+        self.listening = wanted
 
     def send(self, peer: bytes, header: bytes, frames: Sequence[Any] = ()) -> bool:
         """Sends without waiting.
