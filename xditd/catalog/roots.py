@@ -227,8 +227,14 @@ def model_roots(
         base = Path(os.path.expanduser(comfyui)).absolute()
         for kind, names in COMFYUI_FOLDERS.items():
             ordered[kind] += [base / "models" / name for name in names]
-        if (base / "extra_model_paths.yaml").is_file():
-            extras.insert(0, base / "extra_model_paths.yaml")
+        own = base / "extra_model_paths.yaml"
+        try:
+            if own.is_file():
+                extras.insert(0, own)
+        except PermissionError as error:  # who must not look there would miss its folders without a word
+            raise XditError(
+                Code.BAD_CONFIG, f"models.comfyui: user {user} cannot look into {base}: {error.strerror}."
+            ) from error
     for path in extras:
         for extra in read_extra_paths(path):
             kind = ALIASES.get(extra.kind, extra.kind)
