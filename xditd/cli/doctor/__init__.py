@@ -1,0 +1,1 @@
+"""`xditctl doctor`: is everything here that the daemon needs, and what would cure what is not."""

@@ -1,0 +1,162 @@
+"""From a model, conditioning and a seed to a picture, through a client. What `sample` and `demo` share.
+
+Tensors come from and go to `xditd.client.files`; here is no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from xditd.cli import words
+from xditd.cli.bars import PhaseBar, StepBar
+from xditd.cli.schedule import Habits, habits, sigmas
+from xditd.client import Client, Run, files
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import ModelInfo, ModelRef, Plan, PlanRequest
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLERS = ("euler", "heun", "dpmpp_2m", "ddim")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is to be drawn. None is the model's habit.
+
+    Attributes:
+        conditioning: a safetensors file with the model's tensors (Flux: context, pooled); None draws random ones.
+        negative: the same, for cfg above 1.
+        latent: a file to begin from, unscaled as ComfyUI's LATENT; None begins from noise alone.
+        size: width and height of the picture in pixels.
+        sigmas: explicit ones; () makes `steps` of them.
+        mu: shift of the sigmas.
+        denoise: how much of the schedule is run, 0 to 1.
+    """
+
+    model: ModelRef
+    plan: PlanRequest
+    conditioning: Path | None = None
+    negative: Path | None = None
+    latent: Path | None = None
+    sampler: str = "euler"
+    steps: int | None = None
+    sigmas: tuple[float, ...] = ()
+    mu: float | None = None
+    denoise: float = 1.0
+    seed: int = 0
+    size: tuple[int, int] = (1024, 1024)
+    batch: int = 1
+    cfg: float = 1.0
+    guidance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What came of it.
+
+    Attributes:
+        latent: [B, C, h, w], unscaled as ComfyUI's LATENT.
+        group, plan: that ran it.
+        steps: that were run.
+        seconds: that the loop took.
+    """
+
+    latent: torch.Tensor
+    group: str
+    plan: Plan
+    steps: int
+    seconds: float
+
+
+def draw(client: Client, wish: Wish, console: Console) -> Drawn:
+    """Opens a run and samples it with a progress bar. Ctrl-C cancels the run.
+
+    Raises:
+        XditError: whatever the daemon refuses, and `bad_value` for what a model does not take.
+    """
+    given = [
+        None if path is None else files.read_tensors(path) for path in (wish.conditioning, wish.negative)
+    ]
+    start = None if wish.latent is None else files.read_latent(wish.latent)
+    name = words.model(wish.model)
+    with PhaseBar(console, name) as bar:
+        run = client.open_run(wish.model, wish.plan, label="xditctl sample", on_event=bar.on_event)
+    with run:
+        try:
+            habit = habits(run.model)
+            schedule = wish.sigmas or sigmas(
+                wish.steps or habit.steps, habit.mu if wish.mu is None else wish.mu, wish.denoise
+            )
+            values = guidance_values(run.model, habit, wish.guidance)
+            run.put_conditioning("positive", given[0] or random_conditioning(run.model, wish.seed), values)
+            if given[1] is not None:
+                run.put_conditioning("negative", given[1], values)
+            noise = files.noise(noise_shape(run.model, wish, start), wish.seed)
+            began = time.monotonic()
+            with StepBar(console, "sampling", len(schedule) - 1) as steps:
+                latent = run.sample(
+                    noise,
+                    schedule,
+                    "positive",
+                    sampler=wish.sampler,
+                    negative="negative" if given[1] is not None else None,
+                    cfg=wish.cfg,
+                    latent=None if start is None else (start - habit.shift) * habit.scale,
+                    callback=steps.step,
+                    previews=False,
+                )
+            seconds = time.monotonic() - began
+        except KeyboardInterrupt:
+            cancel(run)
+            raise
+        latent = latent / habit.scale + habit.shift
+        group, plan = run.group, run.plan
+    return Drawn(latent, group, plan, len(schedule) - 1, seconds)
+
+
+def decode(client: Client, vae: ModelRef, latent: torch.Tensor, console: Console) -> torch.Tensor:
+    """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] in 0..1, with the VAE's loading shown."""
+    with PhaseBar(console, words.model(vae)) as bar:
+        return client.decode(vae, latent, on_event=bar.on_event)
+
+
+def cancel(run: Run) -> None:
+    """Ends a run on the way out; one that is over by now is what was wanted."""
+    try:
+        run.cancel()
+    except XditError as error:
+        if error.code not in (Code.NO_SUCH_RUN, Code.RUN_CANCELLED, Code.RUN_LOST, Code.DAEMON_LOST):
+            raise
+
+
+def guidance_values(info: ModelInfo, habit: Habits, guidance: float | None) -> dict[str, float]:
+    """The guidance that a distilled model takes as an input."""
+    if habit.guidance is None:
+        if guidance is not None:
+            raise XditError(
+                Code.BAD_VALUE, f"{info.name} is {info.family} {info.variant}, which takes no guidance."
+            )
+        return {}
+    return {"guidance": habit.guidance if guidance is None else guidance}
+
+
+def noise_shape(info: ModelInfo, wish: Wish, start: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """[B, C, h, w] of the noise: the starting latent's own shape where there is one."""
+    if start is not None:
+        batch, channels, height, width = start.shape
+        return batch, channels, height, width
+    width, height = wish.size
+    scale = info.facts["scale"]
+    return wish.batch, info.facts["latent_channels"], height // scale, width // scale
+
+
+def random_conditioning(info: ModelInfo, seed: int, tokens: int = 77) -> dict[str, torch.Tensor]:
+    """Noise in the place of an encoded prompt: a picture of nothing, but by the whole path."""
+    context = files.noise((1, tokens, info.facts["context_width"]), seed + 1)
+    return {"context": context, "pooled": files.noise((1, info.facts["pooled_width"]), seed + 2)}

@@ -1,0 +1,171 @@
+"""`xditctl models`, `load` and `unload`: files that can be loaded, and groups that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from xditd.cli import words
+from xditd.cli.bars import PhaseBar
+from xditd.cli.commands import MODEL, connect, endpoint_option, json_option, print_json, stderr, stdout
+from xditd.protocol.messages import ModelList, ModelRef, PlanRequest
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = click.Choice(["bfloat16", "float16", "float32"])
+
+
+def plan_options(command: F) -> F:
+    """--ulysses, --ring, --devices: what is left out is the planner's choice."""
+    for decorate in (
+        click.option(
+            "--devices",
+            default="",
+            metavar="0,1",
+            help="Which devices, as `xditctl status` names them; default: all.",
+        ),
+        click.option(
+            "--ring", type=click.IntRange(0, 1024), default=0, help="Ring degree; 0 is the planner's choice."
+        ),
+        click.option(
+            "--ulysses",
+            type=click.IntRange(0, 1024),
+            default=0,
+            help="Ulysses degree; 0 is the planner's choice.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def plan_of(ulysses: int, ring: int, devices: str) -> PlanRequest:
+    names = tuple(name for name in (part.strip() for part in devices.split(",")) if name)
+    return PlanRequest(ulysses=ulysses, ring=ring, devices=names)
+
+
+@click.command()
+@click.option("--kind", default="", help="Only this kind: diffusion_models, checkpoints, vae.")
+@json_option
+@endpoint_option
+def models(endpoint: str | None, kind: str, as_json: bool) -> None:
+    """List the models that the daemon can load.
+
+    And the files that it cannot, each with the reason.
+
+    \b
+    Examples:
+      xditctl models
+      xditctl models --kind vae
+      xditctl models --json | jq -r '.models[] | .kind + "/" + .name'
+    """
+    with connect(endpoint, shared_memory=False) as client:
+        answer = client.models(kind)
+    if as_json:
+        print_json(answer)
+    else:
+        show_models(stdout(), answer)
+
+
+def show_models(console: Console, answer: ModelList) -> None:
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column in ("model", "family", "dtype", "parameters", "size"):
+        table.add_column(
+            column, overflow="fold", justify="right" if column in ("parameters", "size") else "left"
+        )
+    for info in answer.models:
+        family = f"{info.family} {info.variant}".strip()
+        name = words.model(ModelRef(kind=info.kind, name=info.name, part=info.part))
+        table.add_row(Text(name), family, info.dtype, words.count(info.parameters), words.size(info.bytes))
+    if answer.models:
+        console.print(table)
+    else:
+        console.print(f"{words.WARNING} No model that the daemon can load.")
+    for skipped in answer.skipped:
+        console.print(
+            f"{words.WARNING} {skipped.kind}/{skipped.name}: {skipped.message}", style="yellow", markup=False
+        )
+    if answer.more:
+        console.print(f"{words.WARNING} {answer.more} more; name a kind to see fewer at once.")
+    if not answer.models:
+        where = (
+            words.joined(answer.roots)
+            if answer.roots
+            else "nowhere: set [models] comfyui or folders in its configuration"
+        )
+        console.print(f"   It looks in {where}.", markup=False)
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@plan_options
+@click.option("--dtype", type=DTYPES, help="Compute dtype; default: the file's own.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), help="Seconds to wait; default: as long as the daemon does."
+)
+@json_option
+@endpoint_option
+def load(
+    endpoint: str | None,
+    model: ModelRef,
+    ulysses: int,
+    ring: int,
+    devices: str,
+    dtype: str | None,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Have MODEL ready under a plan; return when it is.
+
+    \b
+    Examples:
+      xditctl load diffusion_models/flux1-dev.safetensors
+      xditctl load diffusion_models/flux1-dev.safetensors --ulysses 2 --ring 2 --devices 0,1,2,3
+    """
+    model = msgspec.structs.replace(model, dtype=dtype or "")
+    plan = plan_of(ulysses, ring, devices)
+    with connect(endpoint, shared_memory=False) as client, PhaseBar(stderr(), words.model(model)) as bar:
+        answer = client.load(model, plan, on_event=bar.on_event, timeout=timeout)
+    if as_json:
+        print_json(answer)
+        return
+    how = "was ready already" if answer.warm else f"is ready after {words.duration(answer.seconds)}"
+    where = f"{words.degrees(answer.plan)} on {', '.join(answer.plan.devices)}"
+    console = stdout()
+    console.print(f"{words.OK} {words.model(model)} {how}: group {answer.group}, {where}", markup=False)
+    if answer.plan.reason:
+        console.print(f"   {answer.plan.reason}", style="dim", markup=False)
+
+
+@click.command()
+@click.argument("model", type=MODEL, required=False)
+@click.option("--group", default="", help="This group alone, as `xditctl status` names it.")
+@click.option("--force", is_flag=True, help="Also with runs on it; they fail.")
+@json_option
+@endpoint_option
+def unload(endpoint: str | None, model: ModelRef | None, group: str, force: bool, as_json: bool) -> None:
+    """End the groups of MODEL, and free their memory.
+
+    \b
+    Examples:
+      xditctl unload diffusion_models/flux1-dev.safetensors
+      xditctl unload --group g3 --force
+    """
+    if (model is None) == (not group):
+        raise click.UsageError("Name either a MODEL or a --group.")
+    with connect(endpoint, shared_memory=False) as client:
+        answer = client.unload(model, group=group, force=force)
+    if as_json:
+        print_json(answer)
+    else:
+        stdout().print(
+            f"{words.OK} Ended {words.joined(answer.groups) or 'nothing: no group held it'}.", markup=False
+        )

@@ -1,0 +1,165 @@
+"""`xditctl sample`: a picture from files, without ComfyUI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from xditd.cli import words
+from xditd.cli.commands import MODEL, connect, endpoint_option, stderr, stdout
+from xditd.cli.drawing import SAMPLERS, Wish, decode, draw
+from xditd.cli.models import DTYPES, plan_of, plan_options
+from xditd.client import files
+from xditd.protocol.messages import ModelRef
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class PictureSize(click.ParamType):
+    """Width and height in pixels: "1024x768", or "1024" for a square."""
+
+    name = "WxH"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        width, _, height = value.lower().replace("×", "x").partition("x")
+        if not (width.isdecimal() and (height or width).isdecimal()):
+            self.fail(f"{value!r} is not a size: write 1024x768.", param, ctx)
+        size = int(width), int(height or width)
+        if min(size) < 16 or max(size) > 16384 or size[0] % 8 or size[1] % 8:
+            self.fail(f"{value} must be multiples of 8 from 16 to 16384.", param, ctx)
+        return size
+
+
+class Sigmas(click.ParamType):
+    """Descending numbers: "1,0.75,0.5,0"."""
+
+    name = "S,S,…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers: write 1,0.75,0.5,0.", param, ctx)
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option(
+    "--conditioning",
+    type=FILE,
+    help="safetensors with the encoded prompt; for Flux: context [1, n, 4096], pooled [1, 768].",
+)
+@click.option(
+    "--random-conditioning", is_flag=True, help="Noise instead of a prompt: to try the path or measure it."
+)
+@click.option(
+    "--negative", type=FILE, help="safetensors with the encoded negative prompt, for --cfg above 1."
+)
+@click.option(
+    "--latent",
+    type=FILE,
+    help="safetensors with a latent to begin from (ComfyUI's SaveLatent), with --denoise.",
+)
+@click.option("--vae", type=MODEL, help="VAE to decode with; without it only --save-latent makes sense.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("xditd.png"),
+    show_default=True,
+    help="PNG to write.",
+)
+@click.option(
+    "--save-latent",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the latent, as ComfyUI's LoadLatent reads it.",
+)
+@click.option(
+    "--size", type=PictureSize(), default="1024x1024", show_default=True, help="Of the picture, in pixels."
+)
+@click.option("--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Pictures at once.")
+@click.option("--steps", type=click.IntRange(1, 4095), help="Default: 20 for FLUX.1-dev, 4 for schnell.")
+@click.option(
+    "--sigmas", type=Sigmas(), default=(), help="Explicit sigmas instead of --steps; the last may be 0."
+)
+@click.option("--mu", type=float, help="Shift of the schedule. Default: 1.15 for FLUX.1-dev, 0 for schnell.")
+@click.option(
+    "--denoise",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Below 1 begins late in the schedule.",
+)
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="euler", show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 3), default=0, show_default=True)
+@click.option("--cfg", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option("--guidance", type=click.FloatRange(0), help="Distilled guidance. Default: 3.5 for FLUX.1-dev.")
+@plan_options
+@click.option("--dtype", type=DTYPES, help="Compute dtype; default: the file's own.")
+@endpoint_option
+def sample(
+    model: ModelRef,
+    conditioning: Path | None,
+    random_conditioning: bool,
+    vae: ModelRef | None,
+    output: Path,
+    save_latent: Path | None,
+    ulysses: int,
+    ring: int,
+    devices: str,
+    dtype: str | None,
+    endpoint: str | None,
+    **wished: Any,
+) -> None:
+    """Draw with MODEL: conditioning in, PNG out.
+
+    \b
+    Examples:
+      xditctl sample diffusion_models/flux1-dev.safetensors --conditioning prompt.safetensors \\
+          --vae vae/ae.safetensors --size 1024x768 --seed 7 -o fox.png
+      xditctl sample diffusion_models/flux1-dev.safetensors --random-conditioning --ulysses 2 --steps 4 \\
+          --save-latent latent.safetensors
+    """
+    if (conditioning is None) != random_conditioning:
+        raise click.UsageError("Give either --conditioning FILE or --random-conditioning.")
+    if vae is None and save_latent is None:
+        raise click.UsageError("Give --vae for a picture, or --save-latent for the latent alone.")
+    wish = Wish(
+        model=msgspec.structs.replace(model, dtype=dtype or ""),
+        plan=plan_of(ulysses, ring, devices),
+        conditioning=conditioning,
+        **wished,
+    )
+    console = stdout()
+    with connect(endpoint) as client:
+        drawn = draw(client, wish, stderr())
+        pace = f"{words.duration(drawn.seconds)}, {words.duration(drawn.seconds / drawn.steps)} a step"
+        console.print(
+            f"{words.OK} {words.plural(drawn.steps, 'step')} in {pace}: {words.degrees(drawn.plan)} "
+            f"on {', '.join(drawn.plan.devices)}",
+            markup=False,
+        )
+        if save_latent is not None:
+            files.write_latent(save_latent, drawn.latent)
+            console.print(f"   {save_latent}", markup=False, soft_wrap=True)
+        if vae is not None:
+            image = decode(client, vae, drawn.latent, stderr())
+            notes = {
+                "seed": str(wish.seed),
+                "sampler": wish.sampler,
+                "model": words.model(model),
+                "Software": "xditd",
+            }
+            for path in files.write_png(output, image, notes):
+                console.print(f"   {path}", markup=False, soft_wrap=True)
