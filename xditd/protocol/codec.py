@@ -24,6 +24,9 @@ MAX_FRAMES = 64
 MAX_FRAME = 1 << 30
 """Bytes of one tensor frame."""
 
+MAX_DEPTH = 16
+"""Arrays and maps within each other in one header; no message has more than 6."""
+
 _LIMITS = {
     "max_str_len": 16384,
     "max_bin_len": 4096,
@@ -66,18 +69,21 @@ def decode(header: bytes | memoryview, union: Any, known: Iterable[str]) -> Any:
         raise
     except Exception as error:  # msgpack raises a dozen kinds; every one means "not our format"
         raise XditError(
-            Code.BAD_MESSAGE, f"The header is not MessagePack within the limits: {error}."
+            Code.BAD_MESSAGE,
+            f"The header is not MessagePack within the limits: {error or type(error).__name__}.",
         ) from error
     if not isinstance(plain, dict):
         raise XditError(Code.BAD_MESSAGE, "The header is not a map.")
-    named = {"id": plain["id"]} if isinstance(plain.get("id"), int) else {}
+    number = plain.get("id")
+    named = {"id": number} if type(number) is int and 0 <= number <= 2**53 else {}
     kind = plain.get("type")
     if not isinstance(kind, str) or kind not in known:
         raise XditError(
             Code.UNKNOWN_TYPE, f"This daemon knows no message of type {str(kind)[:64]!r}.", **named
         )
-    if not _finite(plain):
-        raise XditError(Code.BAD_VALUE, f"A number in {kind} is NaN or infinite.", **named)
+    fault = _fault(plain)
+    if fault is not None:
+        raise XditError(fault[0], f"{kind} {fault[1]}.", **named)
     try:
         return msgspec.convert(plain, _structs(union)[kind])  # to a union of twenty it takes 35 times as long
     except msgspec.ValidationError as error:
@@ -108,11 +114,19 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return result
 
 
-def _finite(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(_finite(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(_finite(v) for v in value)
-    return True
+def _fault(plain: dict[Any, Any]) -> tuple[Code, str] | None:
+    """What no schema sees: NaN and infinity, and depth. Level by level, since a recursion could be made to overflow."""
+    level: list[Any] = [plain]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            for inner in value.values() if isinstance(value, dict) else value:
+                if isinstance(inner, float):
+                    if not math.isfinite(inner):
+                        return Code.BAD_VALUE, "has a number that is NaN or infinite"
+                elif isinstance(inner, (dict, list, tuple)):
+                    below.append(inner)
+        if not below:
+            return None
+        level = below
+    return Code.BAD_MESSAGE, f"has arrays or maps nested deeper than {MAX_DEPTH}"
