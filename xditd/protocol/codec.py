@@ -70,7 +70,7 @@ def decode(header: bytes | memoryview, union: Any, known: Iterable[str]) -> Any:
     except Exception as error:  # msgpack raises a dozen kinds; every one means "not our format"
         raise XditError(
             Code.BAD_MESSAGE,
-            f"The header is not MessagePack within the limits: {error or type(error).__name__}.",
+            f"The header is not MessagePack within the limits: {str(error) or type(error).__name__}.",
         ) from error
     if not isinstance(plain, dict):
         raise XditError(Code.BAD_MESSAGE, "The header is not a map.")
