@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable
+from functools import partial
+from pathlib import PurePath
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any, Union
 
-from xditd.client.run import Run
-from xditd.protocol.messages import (
-    Limits,
-    Loaded,
-    ModelList,
-    ModelRef,
-    PlanRequest,
-    Progress,
-    Queued,
-    Rebound,
-    StatusReport,
-    Unloaded,
-)
+import zmq
+from msgspec import Struct
 
-if TYPE_CHECKING:
-    import torch
+from xditd.client.connection import Connection, Hear
+from xditd.client.request import anew
+from xditd.client.run import Interrupt, Run, T, forked
+from xditd.client.search import connect
+from xditd.protocol import messages as m
+from xditd.protocol.errors import Code, XditError
 
-Event = Queued | Rebound | Progress
-OnEvent = Callable[[Event], None]
-Interrupt = Callable[[], None]
+OnEvent = Callable[[Union[m.Queued, m.Rebound, m.Progress]], None]
+
+_CLOSED = XditError(Code.DAEMON_LOST, "This client was closed; make a new Client.")
 
 
 class Client:
@@ -33,17 +31,21 @@ class Client:
 
     Blocking; every method may be called from any thread. A context manager.
 
+    Every method raises XditError: what the daemon refuses, with its code; `daemon_lost` if the daemon goes while the
+    request is under way; `daemon_not_found` if none can be found again; `timeout`.
+
     Args:
         endpoint: `ipc:///path` or `tcp://host:port`; None looks at `XDITD_ENDPOINT`, the user's socket and the
             system's.
-        name: for people who read `xditctl status`: "ComfyUI 0.3.64".
+        name: for people who read `xditctl status`: "ComfyUI 0.3.64"; "" is the program's file name.
         shared_memory: with False, tensors travel as frames, as they do over tcp. A program that sends no tensors
             saves the daemon an arena with it.
-        timeout: seconds to wait for a daemon, and for answers that need no model. 0 tries once.
+        timeout: seconds to wait for a daemon, and for answers that need no model. 0 tries every place once.
 
     Raises:
-        XditError: `daemon_not_found` naming every endpoint tried, `unsupported_version`, `bad_value` for an endpoint
-            that is none.
+        XditError: `daemon_not_found` naming every endpoint tried and the cure, `unsupported_version`,
+            `arena_exhausted` where the daemon has no memory for another client, `bad_value` for an endpoint that is
+            none.
     """
 
     def __init__(
@@ -54,89 +56,178 @@ class Client:
         shared_memory: bool = True,
         timeout: float = 30.0,
     ) -> None:
-        raise NotImplementedError
+        self._endpoint = endpoint
+        self._name = name or PurePath(sys.argv[0] if sys.argv else "").name
+        self._shared_memory = shared_memory
+        self._timeout = timeout
+        self._pid = os.getpid()
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._connecting = threading.Lock()
+        self._closed = False
+        self._connection: Connection | None = None
+        try:
+            self._connected()
+        except BaseException:
+            self._context.term()
+            raise
 
-    epoch: str
-    capabilities: tuple[str, ...]
-    limits: Limits
-    daemon_version: str
+    # --------------------------------------------------------------------------------------------- the daemon it has
 
-    def status(self) -> StatusReport:
+    @property
+    def endpoint(self) -> str:
+        """Where the daemon listens that was found."""
+        return self._connected().endpoint.address
+
+    @property
+    def epoch(self) -> str:
+        """Another one means that the daemon was restarted."""
+        return self._connected().welcome.epoch
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the daemon can do beyond the protocol's version."""
+        return self._connected().welcome.capabilities
+
+    @property
+    def limits(self) -> m.Limits:
+        """What the daemon accepts."""
+        return self._connected().welcome.limits
+
+    @property
+    def daemon_version(self) -> str:
+        """The daemon's own version."""
+        return self._connected().welcome.daemon
+
+    # ------------------------------------------------------------------------------------------------------ requests
+
+    def status(self) -> m.StatusReport:
         """The daemon, its devices, groups, runs and arenas."""
-        raise NotImplementedError
+        return self._ask(m.Status, {}, self._timeout)
 
-    def models(self, kind: str = "") -> ModelList:
+    def models(self, kind: str = "") -> m.ModelList:
         """The files that the daemon can load, of a kind ("" is every kind)."""
-        raise NotImplementedError
+        return self._ask(m.Models, {"kind": kind}, self._timeout)
 
     def load(
         self,
-        model: ModelRef | str,
-        plan: PlanRequest | None = None,
+        model: m.ModelRef | str,
+        plan: m.PlanRequest | None = None,
         *,
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
-    ) -> Loaded:
-        """Has the model ready under the plan; returns when it is."""
-        raise NotImplementedError
+    ) -> m.Loaded:
+        """Has the model ready under the plan; returns when it is.
+
+        Args:
+            model: "kind/name" or a ModelRef.
+            plan: None leaves it to the planner.
+            on_event: hears `Queued` with the phase, in this thread.
+            interrupt: called every 20 ms; what it raises ends the wait, not the loading.
+            timeout: seconds; None waits for as long as it takes.
+        """
+        fields = {"model": _model(model), "plan": plan or m.PlanRequest()}
+        return self._ask(m.Load, fields, timeout, on_event, interrupt)
 
     def unload(
-        self, model: ModelRef | str | None = None, *, group: str = "", force: bool = False
-    ) -> Unloaded:
-        """Ends the groups of a model, or the one named."""
-        raise NotImplementedError
+        self, model: m.ModelRef | str | None = None, *, group: str = "", force: bool = False
+    ) -> m.Unloaded:
+        """Ends the groups of a model, or the one named; those with runs only by force."""
+        fields = {"model": None if model is None else _model(model), "group": group, "force": force}
+        return self._ask(m.Unload, fields, self._timeout)
 
     def open_run(
         self,
-        model: ModelRef | str,
-        plan: PlanRequest | None = None,
+        model: m.ModelRef | str,
+        plan: m.PlanRequest | None = None,
         *,
         label: str = "",
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
     ) -> Run:
-        """Queues a run and returns it when it is bound to a ready group."""
-        raise NotImplementedError
+        """Queues a run and returns it when it is bound to a ready group; loads the model where it is not.
+
+        Args:
+            model: "kind/name" or a ModelRef.
+            plan: None leaves it to the planner.
+            label: for people who read `xditctl status`.
+            on_event: hears `Queued` now and the run's `Rebound` and `Progress` later, in the thread that waits.
+            interrupt: called every 20 ms; what it raises takes the run out of the queue and is passed on.
+            timeout: seconds; None waits for as long as it takes.
+        """
+        fields = {"model": _model(model), "plan": plan or m.PlanRequest(), "label": label}
+        queued = 0
+
+        def hear(event: Any, frames: list[Any]) -> None:
+            nonlocal queued
+            if isinstance(event, m.Queued) and event.run is not None:
+                queued = event.run
+            if on_event is not None:
+                on_event(event)
+
+        def late(connection: Connection, answer: Any) -> None:
+            if isinstance(answer, m.RunOpened):
+                connection.tell(m.Cancel, {"run": answer.run})
+
+        def left(connection: Connection) -> None:
+            if queued:
+                connection.tell(m.Cancel, {"run": queued})
+
+        connection, opened = self._asked(m.OpenRun, fields, timeout, hear, interrupt, late, left)
+        return Run(connection, opened, on_event, self._timeout)
 
     def decode(
         self,
-        vae_model: ModelRef | str,
-        latent: torch.Tensor,
-        plan: PlanRequest | None = None,
+        vae_model: m.ModelRef | str,
+        latent: T,
+        plan: m.PlanRequest | None = None,
         *,
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
-    ) -> torch.Tensor:
+    ) -> T:
         """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] float32 in 0..1: a run of one turn."""
-        raise NotImplementedError
+        with self.open_run(
+            vae_model, plan, label="decode", on_event=on_event, interrupt=interrupt, timeout=timeout
+        ) as run:
+            return run.decode(latent, interrupt=interrupt)
 
     def encode(
         self,
-        vae_model: ModelRef | str,
-        image: torch.Tensor,
-        plan: PlanRequest | None = None,
+        vae_model: m.ModelRef | str,
+        image: T,
+        plan: m.PlanRequest | None = None,
         *,
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
-    ) -> torch.Tensor:
-        """Image [B, H, W, 3] in 0..1 to latent [B, C, h, w], unscaled: a run of one turn."""
-        raise NotImplementedError
+    ) -> T:
+        """Image [B, H, W, 3] in 0..1 to latent [B, C, h, w] float32, unscaled: a run of one turn."""
+        with self.open_run(
+            vae_model, plan, label="encode", on_event=on_event, interrupt=interrupt, timeout=timeout
+        ) as run:
+            return run.encode(image, interrupt=interrupt)
 
     def cancel(self, run_id: int) -> None:
-        """Ends a run, also another client's: at once if it waits, after the step it is in otherwise."""
-        raise NotImplementedError
+        """Ends a run, also another client's; returns when it has ended: after the step it is in."""
+        self._ask(m.Cancel, {"run": run_id}, self._timeout)
 
     def drain(self, stop: bool = False, timeout: float | None = None) -> None:
         """Has the daemon take no new runs; returns when the open ones have ended. With `stop` it then ends."""
-        raise NotImplementedError
+        self._ask(m.Drain, {"stop": stop}, timeout)
 
     def close(self) -> None:
         """Ends the connection; the daemon ends its runs and frees its arena. Results that live stay readable."""
-        raise NotImplementedError
+        if self._pid != os.getpid():  # the parent's: its sockets are not ours to close
+            return
+        with self._connecting:
+            if self._closed:
+                return
+            self._closed = True
+            if self._connection is not None:
+                self._connection.close(anew(_CLOSED))
+        self._context.term()
 
     def __enter__(self) -> Client:
         return self
@@ -145,3 +236,82 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    # -------------------------------------------------------------------------------------------------------- inside
+
+    def _connected(self, interrupt: Interrupt | None = None) -> Connection:
+        """The connection, made anew where the last one is over."""
+        if self._pid != os.getpid():
+            raise forked(self._pid)
+        connection = self._connection
+        if connection is not None and connection.alive:
+            return connection
+        with self._connecting:
+            if self._closed:
+                raise anew(_CLOSED)
+            if self._connection is None or not self._connection.alive:
+                self._connection = connect(
+                    self._context,
+                    self._endpoint,
+                    name=self._name,
+                    shared_memory=self._shared_memory,
+                    timeout=self._timeout,
+                    interrupt=interrupt,
+                )
+            return self._connection
+
+    def _ask(
+        self,
+        kind: type[Struct],
+        fields: dict[str, Any],
+        timeout: float | None,
+        on_event: OnEvent | None = None,
+        interrupt: Interrupt | None = None,
+    ) -> Any:
+        hear = None if on_event is None else lambda event, frames: on_event(event)
+        return self._asked(kind, fields, timeout, hear, interrupt)[1]
+
+    def _asked(
+        self,
+        kind: type[Struct],
+        fields: dict[str, Any],
+        timeout: float | None,
+        hear: Hear | None,
+        interrupt: Interrupt | None,
+        late: Callable[[Connection, Any], None] | None = None,
+        left: Callable[[Connection], None] | None = None,
+    ) -> tuple[Connection, Any]:
+        """Asks on the connection there is; once more on another where the daemon had forgotten this client.
+
+        A daemon forgets clients without shared memory that are quiet for long: it has no other way to see them go.
+        Of a request that is abandoned, `left` is called now and `late` with the answer that comes for it.
+        """
+        again = True
+        while True:
+            connection = self._connected(interrupt)
+            request = connection.begin(kind, fields)
+            heard = None if late is None else partial(late, connection)
+            try:
+                answer, _ = connection.finish(
+                    request, hear=hear, interrupt=interrupt, timeout=timeout, late=heard
+                )
+            except BaseException:
+                if request.abandoned and left is not None:
+                    left(connection)
+                if not (request.unheard and again):
+                    raise
+                again = False
+            else:
+                return connection, answer
+
+
+def _model(model: m.ModelRef | str) -> m.ModelRef:
+    if isinstance(model, m.ModelRef):
+        return model
+    kind, slash, name = model.partition("/")
+    if not slash or not kind or not name:
+        raise XditError(
+            Code.BAD_VALUE,
+            f"{model!r} names no model: write kind/name, as in diffusion_models/flux1-dev.safetensors.",
+        )
+    return m.ModelRef(kind=kind, name=name)

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
-from xditd.protocol.messages import ModelInfo, Plan
+from msgspec import Struct
+
+from xditd.client.buffers import Buffer, Source
+from xditd.client.connection import Connection, Hear
+from xditd.client.parcel import Parcel, nbytes_of
+from xditd.client.request import Request, anew
+from xditd.protocol import messages as m
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.tensors import Tensor
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T", bound="Union[torch.Tensor, Buffer]")
+Interrupt = Callable[[], None]
+Times = Union[float, Sequence[float]]
+
+_PREVIEWS = 4
+"""Slots that a rank writes previews to in turn: one is safe to read until the second after it has been announced."""
 
 
 class Run:
     """A run that is bound to a group. Made by `Client.open_run`; a context manager that closes it.
 
-    Results are views of shared memory: they cost no copy, and their slot is used again when the last view of a
-    result is gone. Clone what must outlive many steps.
+    Tensors go in as torch tensors, of any device and strides, or as `Buffer`s, and come out as what went in. Results
+    are views of shared memory: they cost no copy, and their slot is used again when the last view of a result is
+    gone. Clone what must outlive many steps.
+
+    Every method that asks the daemon raises XditError: what the daemon refuses; `daemon_lost` if the daemon goes while
+    it is under way and `run_lost` after that; `arena_exhausted` where results that the program holds fill its shared
+    memory. `interrupt` is called every 20 ms while waiting; what it raises cancels the run and is passed on.
 
     Attributes:
         id: its number in this life of the daemon.
@@ -25,58 +46,193 @@ class Run:
         model: what the daemon found the file to be.
     """
 
-    id: int
-    group: str
-    plan: Plan
-    model: ModelInfo
+    def __init__(
+        self,
+        connection: Connection,
+        opened: m.RunOpened,
+        on_event: Callable[[Any], None] | None,
+        timeout: float,
+    ) -> None:
+        """
+        Args:
+            on_event: hears Progress and Rebound.
+            timeout: seconds for answers that need no turn.
+        """
+        self.id = opened.run
+        self.group = opened.group
+        self.plan = opened.plan
+        self.model = opened.model
+        self._connection = connection
+        self._on_event = on_event
+        self._timeout = timeout
+        self._pid = os.getpid()
+        self._ended: XditError | None = None
+        self._kept: list[Parcel] = []  # of the conditioning: ranks may read it for as long as the run lives
+        connection.listeners[self.id] = self._over
+
+    # ------------------------------------------------------------------------------------------------ what it does
 
     def put_conditioning(
-        self, key: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, float] = {}
+        self, key: str, tensors: Mapping[str, T], values: Mapping[str, float] | None = None
     ) -> None:
-        """Gives the run a conditioning under a key, once for all its steps."""
-        raise NotImplementedError
+        """Gives the run a conditioning under a key, once for all its steps.
+
+        Args:
+            key: what `denoise` and `sample` call it by, 1 to 128 characters.
+            tensors: by the family's names; for Flux "context" [B, L, D] and "pooled" [B, D].
+            values: numbers that belong to it, such as "guidance".
+        """
+        parcel = self._parcel()
+        try:
+            described = {name: parcel.put(_source(tensor)) for name, tensor in tensors.items()}
+        except BaseException:
+            parcel.release()
+            raise
+        fields = {"run": self.id, "key": key, "tensors": described, "values": dict(values or {})}
+        request = self._connection.begin(m.PutConditioning, fields, parcel)
+        self._finish(request, self._hear, None, self._timeout)
+        self._kept.append(parcel)
 
     def denoise(
-        self,
-        items: Sequence[tuple[torch.Tensor, Any, str]],
-        *,
-        interrupt: Callable[[], None] | None = None,
-    ) -> list[torch.Tensor]:
-        """One turn: a prediction, shaped as x, for each (x, t, conditioning key). t: a number, or one per batch."""
-        raise NotImplementedError
+        self, items: Sequence[tuple[T, Times, str]], *, interrupt: Interrupt | None = None
+    ) -> list[T]:
+        """One turn on the group: all items are answered together.
+
+        Args:
+            items: (x, t, conditioning key); x [B, C, H, W] as the diffusion model gets it, t a number or one per
+                batch entry, in the family's own units (see protocol.md).
+
+        Returns:
+            For each item the network's raw output, shaped and typed as x.
+        """
+        parcel = self._parcel()
+        try:
+            asked, rooms = [], []
+            for x, t, key in items:
+                source = _source(x)
+                described = parcel.put(source)
+                room = parcel.room(source.dtype, source.shape, source.nbytes)
+                rooms.append(room)
+                asked.append(m.DenoiseItem(x=described, t=_times(t), conditioning=key, out=room))
+        except BaseException:
+            parcel.release()
+            raise
+        answer, frames = self._ask(m.Denoise, {"run": self.id, "items": tuple(asked)}, parcel, interrupt)
+        try:
+            if len(answer.outputs) != len(rooms):
+                raise XditError(
+                    Code.BAD_MESSAGE,
+                    f"The daemon answered {len(rooms)} items with {len(answer.outputs)} outputs.",
+                )
+            opened = [parcel.open(o, room, frames) for o, room in zip(answer.outputs, rooms, strict=True)]
+        finally:
+            parcel.release()
+        return [_like(item[0], buffer) for item, buffer in zip(items, opened, strict=True)]
 
     def sample(
         self,
-        noise: torch.Tensor,
-        sigmas: Any,
+        noise: T,
+        sigmas: Sequence[float],
         conditioning: str,
         *,
         sampler: str = "euler",
         negative: str | None = None,
         cfg: float = 1.0,
-        latent: torch.Tensor | None = None,
-        callback: Callable[[int, int, float, torch.Tensor | None], None] | None = None,
+        latent: T | None = None,
+        callback: Callable[[int, int, float, T | None], None] | None = None,
         previews: bool = True,
-        interrupt: Callable[[], None] | None = None,
-    ) -> torch.Tensor:
-        """The whole sampling loop in the ranks. callback(step, total, sigma, x0 or None) after every step."""
-        raise NotImplementedError
+        interrupt: Interrupt | None = None,
+    ) -> T:
+        """The whole sampling loop in the ranks, a turn per step.
 
-    def decode(self, latent: torch.Tensor, *, interrupt: Callable[[], None] | None = None) -> torch.Tensor:
-        """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] float32 in 0..1."""
-        raise NotImplementedError
+        Args:
+            noise: of unit variance, [B, C, H, W].
+            sigmas: descending, one more than there are steps.
+            conditioning: key of the positive conditioning.
+            sampler: "euler", "heun", "dpmpp_2m" or "ddim".
+            negative: key of the negative conditioning; used where cfg is not 1.
+            cfg: scale of classifier-free guidance.
+            latent: to start from, in the model's own scale; None is zeros.
+            callback: called in this thread with (step, total, sigma, x0) after every step; x0 is a copy of the
+                prediction, or None where a later one has come already. What it raises cancels the run.
+            previews: False leaves x0 out.
 
-    def encode(self, image: torch.Tensor, *, interrupt: Callable[[], None] | None = None) -> torch.Tensor:
-        """Image [B, H, W, 3] in 0..1 to latent [B, C, h, w], unscaled."""
-        raise NotImplementedError
+        Returns:
+            The latent in the model's own scale, shaped and typed as the noise.
+        """
+        parcel = self._parcel()
+        source = _source(noise)
+        place = (source.dtype, source.shape, source.nbytes)
+        shown = callback is not None and previews
+        try:
+            fields = {
+                "run": self.id,
+                "sampler": sampler,
+                "sigmas": _times(sigmas),
+                "noise": parcel.put(source),
+                "conditioning": conditioning,
+                "latent": None if latent is None else parcel.put(_source(latent)),
+                "negative": negative,
+                "cfg": float(cfg),
+                "out": (room := parcel.room(*place)),
+                "previews": tuple(
+                    slot
+                    for _ in range(_PREVIEWS if shown else 0)
+                    if (slot := parcel.room(*place)) is not None
+                ),
+                "preview_frames": shown and room is None,
+            }
+        except BaseException:
+            parcel.release()
+            raise
+        request = self._connection.begin(m.Sample, fields, parcel)
+
+        def hear(event: Any, frames: list[Any]) -> None:
+            self._hear(event, frames)
+            if callback is None or not isinstance(event, m.Progress):
+                return
+            x0 = None
+            if event.preview is not None:
+                x0 = _like(noise, parcel.copy(event.preview, frames))
+                if room is not None and self._connection.behind(request) > _PREVIEWS - 3:
+                    x0 = None  # the rank may have begun to write over it while it was copied
+            callback(event.step, event.total, event.sigma, x0)
+
+        answer, frames = self._finish(request, hear, interrupt)
+        try:
+            return _like(noise, parcel.open(answer.latent, room, frames))
+        finally:
+            parcel.release()
+
+    def decode(self, latent: T, *, interrupt: Interrupt | None = None) -> T:
+        """VAE: latent [B, C, h, w], unscaled as ComfyUI's LATENT, to image [B, H, W, 3] float32 in 0..1."""
+        scale = self.model.facts.get("scale", 8)
+
+        def image(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+            return (shape[0], shape[2] * scale, shape[3] * scale, 3) if len(shape) == 4 else None
+
+        return self._turn(m.Decode, "latent", latent, image, "image", interrupt)
+
+    def encode(self, image: T, *, interrupt: Interrupt | None = None) -> T:
+        """VAE: image [B, H, W, 3] in 0..1 to latent [B, C, h, w] float32, unscaled."""
+        scale, channels = self.model.facts.get("scale", 8), self.model.facts.get("latent_channels")
+
+        def latent(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+            if len(shape) != 4 or channels is None or min(shape[1], shape[2]) < scale:
+                return None
+            return (shape[0], channels, shape[1] // scale, shape[2] // scale)
+
+        return self._turn(m.Encode, "image", image, latent, "latent", interrupt)
+
+    # ---------------------------------------------------------------------------------------------------- its end
 
     def cancel(self) -> None:
-        """Ends the run: after the step it is in, if it is in one."""
-        raise NotImplementedError
+        """Ends the run, from any thread: after the step it is in, if it is in one; returns when it has ended."""
+        self._end(m.Cancel)
 
     def close(self) -> None:
-        """Ends the run when it has nothing under way and frees its conditioning."""
-        raise NotImplementedError
+        """Ends the run and frees its conditioning. Nothing happens where it has ended already."""
+        self._end(m.Close)
 
     def __enter__(self) -> Run:
         return self
@@ -84,4 +240,135 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        raise NotImplementedError
+        if error is None:
+            self.close()
+        else:
+            self._cancel_unheard()
+
+    def _end(self, kind: type[Struct]) -> None:
+        if self._ended is not None or self._pid != os.getpid() or not self._connection.alive:
+            return
+        try:
+            self._connection.ask(kind, {"run": self.id}, timeout=self._timeout, late=self._over)
+        except XditError as error:
+            # The daemon is gone, or had ended the run before: that is what was wanted.
+            if error.code not in (Code.DAEMON_LOST, Code.NO_SUCH_RUN):
+                raise
+        verb = "cancelled" if kind is m.Cancel else "closed"
+        self._ended = XditError(Code.RUN_CANCELLED, f"Run {self.id} was {verb}; open a new run.")
+        self._over()
+
+    def _cancel_unheard(self) -> None:
+        """Cancels without waiting for the answer; the slots are held until it has come."""
+        if self._ended is None and self._pid == os.getpid():
+            self._ended = XditError(Code.RUN_CANCELLED, f"Run {self.id} was cancelled; open a new run.")
+            self._connection.tell(m.Cancel, {"run": self.id}, self._over)
+
+    def _over(self, answer: Any = None) -> None:
+        """The daemon has ended the run, as `answer` says: no rank reads its conditioning any more."""
+        if self._ended is None:
+            self._ended = XditError(Code.RUN_CANCELLED, f"Run {self.id} was closed; open a new run.")
+            if isinstance(answer, m.RunEnded):
+                self._ended = XditError(answer.code, answer.message)
+        while self._kept:
+            self._kept.pop().release()
+        self._connection.listeners.pop(self.id, None)
+
+    # ----------------------------------------------------------------------------------------------------- asking
+
+    def _parcel(self) -> Parcel:
+        self._check()
+        connection = self._connection
+        return Parcel(connection.arena, connection.welcome.limits.frame_bytes)
+
+    def _check(self) -> None:
+        if self._pid != os.getpid():
+            raise forked(self._pid)
+        if self._ended is not None:
+            raise anew(self._ended)
+        if not self._connection.alive:
+            raise XditError(
+                Code.RUN_LOST,
+                f"Run {self.id} is lost: the daemon that it was open on was restarted, or the connection to it ended. "
+                "Open a new run.",
+            )
+
+    def _finish(
+        self, request: Request, hear: Hear, interrupt: Interrupt | None, timeout: float | None = None
+    ) -> tuple[Any, list[Any]]:
+        try:
+            return self._connection.finish(request, hear=hear, interrupt=interrupt, timeout=timeout)
+        finally:
+            if request.abandoned:
+                self._cancel_unheard()
+
+    def _ask(
+        self, kind: type[Struct], fields: dict[str, Any], parcel: Parcel, interrupt: Interrupt | None
+    ) -> tuple[Any, list[Any]]:
+        return self._finish(self._connection.begin(kind, fields, parcel), self._hear, interrupt)
+
+    def _hear(self, event: Any, frames: list[Any]) -> None:
+        if isinstance(event, m.Rebound):
+            self.group = event.group
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _turn(
+        self,
+        kind: type[Struct],
+        what: str,
+        tensor: T,
+        shape_of: Callable[[tuple[int, ...]], tuple[int, ...] | None],
+        answered: str,
+        interrupt: Interrupt | None,
+    ) -> T:
+        """One tensor in, one float32 tensor out; as a frame where its size is not known beforehand."""
+        parcel = self._parcel()
+        try:
+            source = _source(tensor)
+            shape = shape_of(source.shape)
+            room: Tensor | None = None
+            if shape is not None:
+                room = parcel.room("float32", shape, nbytes_of("float32", shape))
+            fields = {"run": self.id, what: parcel.put(source), "out": room}
+        except BaseException:
+            parcel.release()
+            raise
+        answer, frames = self._ask(kind, fields, parcel, interrupt)
+        try:
+            return _like(tensor, parcel.open(getattr(answer, answered), room, frames))
+        finally:
+            parcel.release()
+
+
+def forked(pid: int) -> XditError:
+    """The error for a client in a process that was forked from its own."""
+    return XditError(
+        Code.NOT_PERMITTED,
+        f"This client belongs to process {pid} and cannot be used in process {os.getpid()}, which was forked from it; "
+        "make a new Client there.",
+    )
+
+
+def _source(tensor: Any) -> Source:
+    if isinstance(tensor, Buffer):
+        return tensor
+    from xditd.client import tensors
+
+    return tensors.TensorSource(tensor)
+
+
+def _like(given: T, result: Buffer) -> Any:
+    """The result as the kind of thing that was given."""
+    if isinstance(given, Buffer):
+        return result
+    from xditd.client import tensors
+
+    return tensors.read(result)
+
+
+def _times(t: Any) -> tuple[float, ...]:
+    """A number, a sequence of them or a tensor, as a tuple."""
+    if hasattr(t, "tolist"):
+        t = t.tolist()
+    return (float(t),) if isinstance(t, (int, float)) else tuple(float(value) for value in t)
