@@ -1,0 +1,99 @@
+"""A client that answers from a script, for commands that are tested without a daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.cli import reports
+from xditd.protocol.errors import XditError
+from xditd.protocol.messages import Loaded, ModelInfo, Queued, Unloaded
+
+
+class Scripted:
+    """Plays `xditd.client.Client`. `answers` holds a value, a function or an error to raise by method name."""
+
+    daemon_version = "0.1.0"
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers: dict[str, Any] = {
+            "status": reports.report(),
+            "models": reports.models(),
+            "load": Loaded(re=1, group="g3", plan=reports.PLAN, seconds=4.2, warm=False),
+            "unload": Unloaded(re=1, groups=("g3", "g4")),
+            "cancel": None,
+            "drain": None,
+        } | answers
+        self.asked: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def connect(self, endpoint: str | None, **options: Any) -> Scripted:
+        self.asked.append(("connect", (endpoint,), options))
+        return self._answer("connect") or self
+
+    def _answer(self, name: str, *arguments: Any) -> Any:
+        answer = self.answers.get(name)
+        if isinstance(answer, XditError):
+            raise answer
+        return answer(*arguments) if isinstance(answer, Callable) else answer
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in self.answers:
+            raise AttributeError(name)
+
+        def method(*arguments: Any, on_event: Callable[[Any], None] | None = None, **named: Any) -> Any:
+            self.asked.append((name, arguments, named))
+            if on_event is not None:
+                for phase in ("waiting", "importing", "importing", "loading"):
+                    on_event(Queued(re=1, run=None, position=0, phase=phase))
+            return self._answer(name)
+
+        return method
+
+    def __enter__(self) -> Scripted:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.asked.append(("close", (), {}))
+
+
+class ScriptedRun:
+    """Plays `xditd.client.Run` of a small Flux: a sample that is the noise halved, in steps."""
+
+    def __init__(self, variant: str = "dev", fails: BaseException | None = None) -> None:
+        self.id, self.group, self.plan = 7, "g3", reports.PLAN
+        facts = {"context_width": 64, "pooled_width": 32, "latent_channels": 16, "scale": 8}
+        self.model = ModelInfo(
+            kind="diffusion_models",
+            name="small.safetensors",
+            part="transformer",
+            family="flux",
+            variant=variant,
+            dtype="bfloat16",
+            bytes=1,
+            parameters=1,
+            facts=facts,
+        )
+        self.fails = fails
+        self.conditioning: dict[str, tuple[Any, Any]] = {}
+        self.sampled: dict[str, Any] = {}
+        self.ended: list[str] = []
+
+    def put_conditioning(self, key: str, tensors: Any, values: Any) -> None:
+        self.conditioning[key] = (tensors, values)
+
+    def sample(self, noise: Any, sigmas: Any, conditioning: str, **named: Any) -> Any:
+        self.sampled = {"noise": noise, "sigmas": sigmas, "conditioning": conditioning} | named
+        for step, sigma in enumerate(sigmas[1:], 1):
+            named["callback"](step, len(sigmas) - 1, sigma, None)
+            if self.fails is not None:
+                raise self.fails
+        return noise * 0.5
+
+    def cancel(self) -> None:
+        self.ended.append("cancel")
+
+    def __enter__(self) -> ScriptedRun:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.ended.append("close")

@@ -1,0 +1,58 @@
+"""Sigmas and latent scales of the families, against the formulas' other homes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from tests.cli.stand_in import ScriptedRun
+from xditd.cli.schedule import habits, shifted, sigmas
+from xditd.protocol.errors import Code, XditError
+
+
+def test_a_schedule_descends_from_one_to_zero():
+    for mu in (0.0, 1.15):
+        schedule = sigmas(20, mu)
+        assert schedule[0] == pytest.approx(1.0)
+        assert schedule[-1] == 0.0
+        assert len(schedule) == 21
+        assert all(a > b for a, b in itertools.pairwise(schedule))
+
+
+def test_schnell_is_not_shifted():
+    assert sigmas(4, 0.0) == pytest.approx((1.0, 0.75, 0.5, 0.25, 0.0))
+
+
+def test_dev_is_what_diffusers_makes_of_the_same_mu():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=[1 - i / 28 for i in range(28)], mu=1.15)
+    assert sigmas(28, 1.15) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_dev_is_comfyuis_simple():
+    """ComfyUI picks from a table of 10000 shifted timesteps; at 20 steps it holds each of ours."""
+    alpha = math.exp(1.15)
+    table = [alpha / (alpha + 1 / (i / 10000) - 1) for i in range(1, 10001)]
+    simple = [table[-(1 + int(x * 10000 / 20))] for x in range(20)]
+    assert sigmas(20, 1.15) == pytest.approx((*simple, 0.0), abs=1e-12)
+
+
+def test_a_part_of_the_denoising_is_the_end_of_a_longer_schedule():
+    assert sigmas(10, 1.15, denoise=0.5) == sigmas(20, 1.15)[-11:]
+    assert shifted(1.0, 1.15) == pytest.approx(1.0)
+
+
+def test_variants_have_their_habits():
+    dev, schnell = habits(ScriptedRun("dev").model), habits(ScriptedRun("schnell").model)
+    assert (dev.mu, dev.guidance) == (1.15, 3.5)
+    assert (schnell.mu, schnell.guidance, schnell.steps) == (0.0, None, 4)
+
+
+def test_a_model_that_is_not_sampled_is_refused():
+    with pytest.raises(XditError, match="no schedule for") as caught:
+        habits(ScriptedRun("tomorrow").model)
+    assert caught.value.code is Code.BAD_VALUE
