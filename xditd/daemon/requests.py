@@ -48,7 +48,7 @@ class Requests:
     ) -> None:
         """
         Args:
-            dtype: compute dtype where a request names none; "" is the file's own.
+            dtype: compute dtype where a request names none; "" is the file's own on a GPU, float32 on a CPU.
             reserve_memory: bytes of each GPU that are not ours.
             stop: ends the daemon, after a Drain that asks for it.
         """
@@ -137,13 +137,15 @@ class Requests:
 
     async def _find(self, ref: m.ModelRef, request: m.PlanRequest) -> tuple[Found, Key]:
         found: Found = await asyncio.to_thread(self.catalog.find, ref)
-        dtype = ref.dtype or self.dtype or found.info.dtype
+        plan = planner.plan(request, found.info, list(self.devices))
+        # Most CPUs compute 16-bit floats many times slower than 32-bit ones.
+        own = found.info.dtype if self.devices[plan.devices[0]].is_cuda else "float32"
+        dtype = ref.dtype or self.dtype or own
         if dtype not in ("float32", "float16", "bfloat16"):
             raise XditError(
                 Code.BAD_VALUE,
                 f"{ref.name} cannot be computed in {dtype!r}; name float32, float16 or bfloat16.",
             )
-        plan = planner.plan(request, found.info, list(self.devices))
         return found, Key(found.path, found.info.part, dtype, plan)
 
     def _check_memory(self, found: Found, key: Key) -> None:
