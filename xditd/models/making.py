@@ -161,10 +161,9 @@ def make_checkpoint(
 def make_models(folder: str | os.PathLike[str]) -> list[Path]:
     """Writes a models folder as ComfyUI's, with a small dev, a small schnell, a VAE and a checkpoint."""
     root = Path(folder)
-    transformers, small = root / "diffusion_models", {"heads": 2, "double_blocks": 2, "single_blocks": 2}
     return [
-        make_flux(transformers / "flux-dev-small.safetensors", **small),
-        make_flux(transformers / "flux-schnell-small.safetensors", **small, guidance=False, seed=1),
+        make_flux(root / "diffusion_models" / "flux-dev-small.safetensors"),
+        make_flux(root / "diffusion_models" / "flux-schnell-small.safetensors", guidance=False, seed=1),
         make_vae(root / "vae" / "ae-small.safetensors", dtype=torch.bfloat16, seed=2),
         make_checkpoint(root / "checkpoints" / "flux-dev-small-all-in-one.safetensors", seed=3),
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ class WeightFile:
         self.header: Header = read_header(path)
         # Private: nobody writes to weights, and a write would not reach the file. Shared with others all the same
         # until then, as the kernel copies a page at the first write only.
-        storage = torch.UntypedStorage.from_file(os.fspath(path), False, self.header.bytes)
+        storage: Any = torch.UntypedStorage.from_file(os.fspath(path), False, self.header.bytes)
         self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
 
     def tensor(self, key: str) -> torch.Tensor:

@@ -71,7 +71,8 @@ class Layout:
         """Where in a ring rank's block the tokens are; None is everywhere, so that nothing need be picked out."""
         if not (self.text.padded or self.image.padded):
             return None
-        shares, positions = self.text.size + self.image.size, []
+        shares = self.text.size + self.image.size
+        positions: list[int] = []
         for i, rank in enumerate(self._ranks(block)):
             begin = i * shares
             positions += range(begin, begin + self.text.counts[rank])

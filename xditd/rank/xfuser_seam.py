@@ -51,15 +51,25 @@ Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 class World:
     """This rank's place in a sequence-parallel world. One in a process: xfuser keeps its state in modules."""
 
-    def __init__(self, ulysses: int, ring: int, group: Any) -> None:
+    def __init__(self, ulysses: int, ring: int, attention: str, group: Any) -> None:
         self.ulysses = ulysses
         self.ring = ring
-        self.degree = ulysses * ring
         self.rank: int = group.rank_in_group
+        self._attention = attention
         self._group = group
 
-    def wrap(self, backbone: nn.Module) -> nn.Module:
-        """xfuser's wrapper around a transformer. It takes this rank's tokens and returns them."""
+    def wrap(self, backbone: nn.Module, heads: int) -> nn.Module:
+        """xfuser's wrapper around a transformer. It takes this rank's tokens and returns them.
+
+        Raises:
+            XditError: `bad_plan` where ulysses does not divide the heads.
+        """
+        if heads % self.ulysses:
+            raise XditError(
+                Code.BAD_PLAN,
+                f"ulysses {self.ulysses} does not divide the model's {heads} heads; ring takes any degree.",
+            )
+        _start_runtime(self.ulysses, self.ring, heads, self._attention)
         register = importlib.import_module("xfuser.model_executor.models.transformers.register")
         wrapper: nn.Module = register.xFuserTransformerWrappersRegister.get_wrapper(backbone)(backbone)
         return wrapper
@@ -105,44 +115,24 @@ def enter(device: torch.device) -> None:
 
 
 def join(
-    *,
-    device: torch.device,
-    rank: int,
-    world: int,
-    store: str,
-    ulysses: int,
-    ring: int,
-    heads: int,
-    attention: str,
+    *, device: torch.device, rank: int, world: int, store: str, ulysses: int, ring: int, attention: str
 ) -> World:
     """Meets the other ranks; `enter` comes before. Blocks until all have come.
 
     Args:
-        device: of this rank; bound before NCCL starts, as its communicators take the device that is current then.
+        device: of this rank; bound already, as NCCL's communicators take the device that is current.
         rank: of this process.
         world: how many there are.
         store: "file:///…", the same for all and fresh.
         ulysses, ring: degrees, whose product is `world`.
-        heads: of the transformer.
-        attention: xfuser's name of a kernel.
-
-    Raises:
-        XditError: `bad_plan` where ulysses does not divide the heads.
+        attention: xfuser's name of a kernel that returns its log-sum-exp.
     """
-    if heads % ulysses:
-        raise XditError(
-            Code.BAD_PLAN,
-            f"ulysses {ulysses} does not divide the model's {heads} heads; ring takes any degree.",
-        )
-    if device.type == "cpu":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     state = importlib.import_module("xfuser.core.distributed.parallel_state")
     state.init_distributed_environment(
         world_size=world, rank=rank, distributed_init_method=store, local_rank=device.index or 0
     )
     state.initialize_model_parallel(sequence_parallel_degree=world, ulysses_degree=ulysses, ring_degree=ring)
-    _start_runtime(ulysses, ring, heads, attention)
-    return World(ulysses, ring, state.get_sp_group())
+    return World(ulysses, ring, attention, state.get_sp_group())
 
 
 def _bare(name: str) -> None:

@@ -1,0 +1,106 @@
+"""How ranks die, fail and refuse to load: told in time, with a code, and never left half alive.
+
+The echo rank starts in a moment, so faults of the loop are shown with it; loading is shown with a real family.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.rank.ranks import Ranks, framed, running
+from xditd.models.making import make_flux
+from xditd.protocol import orders
+from xditd.protocol.messages import DenoiseItem
+
+SMALL = {"heads": 2, "head_dim": 32, "context_width": 64, "pooled_width": 32}
+
+
+def turn(ranks: Ranks, number: int) -> None:
+    (described,), frames = framed([torch.ones(1, 4, 2, 2)])
+    item = DenoiseItem(x=described, t=(0.5,), conditioning="c")
+    ranks.send(orders.TurnDenoise(order=number, run=1, items=(item,)), *frames)
+
+
+def test_a_lone_rank_tells_of_an_exception_and_serves_on(tmp_path: Path) -> None:
+    with running(tmp_path, family="echo", options={"fail_at_order": "2"}) as ranks:
+        turn(ranks, 7)
+        assert ranks.wait(orders.TurnDone)[0].order == 7
+        turn(ranks, 8)
+        failed, _ = ranks.wait(orders.RankFailed)
+        assert (failed.order, failed.code, failed.alive) == (8, "rank_failed", True)
+        assert "RuntimeError: A fault" in failed.message
+        assert "at_turn" in failed.traceback
+        turn(ranks, 9)
+        assert ranks.wait(orders.TurnDone)[0].order == 9
+
+
+def test_out_of_memory_has_its_own_code(tmp_path: Path) -> None:
+    with running(tmp_path, family="echo", options={"oom_at_order": "1"}) as ranks:
+        turn(ranks, 1)
+        failed, _ = ranks.wait(orders.RankFailed)
+        assert (failed.code, failed.alive) == ("out_of_memory", True)
+
+
+def test_an_exception_in_a_world_of_two_ends_the_rank(tmp_path: Path) -> None:
+    """Its peer may be inside a collective that now never ends: the daemon replaces the group."""
+    with running(tmp_path, family="echo", ring=2, options={"fail_at_order": "1", "only_rank": "1"}) as ranks:
+        turn(ranks, 1)
+        failed, _ = ranks.wait(orders.RankFailed)
+        assert (failed.rank, failed.order, failed.alive) == (1, 1, False)
+        assert ranks.processes[1].wait(30) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "code"), [("crash_at_order", -signal.SIGKILL), ("exit_at_order", 0)], ids=["crash", "exit"]
+)
+def test_a_fault_on_demand_strikes_at_its_turn(tmp_path: Path, option: str, code: int) -> None:
+    with running(tmp_path, family="echo", options={option: "2"}) as ranks:
+        turn(ranks, 1)
+        ranks.wait(orders.TurnDone)
+        turn(ranks, 2)
+        assert ranks.codes() == [code]
+
+
+def test_a_rank_whose_daemon_is_gone_does_not_start(tmp_path: Path) -> None:
+    with running(tmp_path, family="echo", wait=False, parent=os.getppid()) as ranks:
+        assert ranks.codes() == [1]
+
+
+def test_a_plan_that_is_not_built_is_refused_before_anything_is_imported(tmp_path: Path) -> None:
+    with running(tmp_path, wait=False, plan={"cfg": 2}) as ranks:
+        failed, _ = ranks.wait(orders.RankFailed)
+        assert (failed.order, failed.code, failed.alive) == (None, "not_built", False)
+        assert ranks.codes() == [1]
+
+
+def without(path: Path, key: str) -> None:
+    weights = load_file(path)
+    del weights[key]
+    save_file(weights, path)
+
+
+def reshaped(path: Path, key: str) -> None:
+    weights = load_file(path)
+    weights[key] = weights[key][1:].contiguous()
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "key"),
+    [(without, "double_blocks.1.txt_mlp.2.bias"), (reshaped, "single_blocks.0.linear2.weight")],
+    ids=["missing", "misshapen"],
+)
+def test_a_damaged_file_ends_the_rank_with_the_key_named(tmp_path: Path, damage, key: str) -> None:
+    path = make_flux(tmp_path / "flux.safetensors", **SMALL)
+    damage(path, key)
+    with running(tmp_path, path=path, wait=False) as ranks:
+        failed, _ = ranks.wait(orders.RankFailed, timeout=120)
+        assert (failed.order, failed.code, failed.alive) == (None, "file_invalid", False)
+        assert key in failed.message
+        assert ranks.codes() == [1]

@@ -1,0 +1,133 @@
+"""A world of ranks computes what one process computes: any text length, any image size, any split.
+
+Real ranks with real xfuser over gloo. Figures are the largest difference over the standard deviation, float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.rank.ranks import Ranks, framed, running
+from tests.rank.reference import Reference, error, euler
+from xditd.models.making import flux_facts, make_flux
+from xditd.protocol import orders
+from xditd.protocol.messages import DenoiseItem
+
+SHAPE = {"heads": 4, "head_dim": 32, "context_width": 256, "pooled_width": 64}
+TEXTS = (15, 77, 256)
+SIZES = ((32, 32), (33, 47), (18, 22))
+TOLERANCE = 1e-5
+GUIDANCE = 3.5
+
+World = tuple[str, Ranks, Reference]
+
+
+@pytest.fixture(scope="module", params=[(2, 1), (1, 2), (2, 2)], ids=["ulysses2", "ring2", "ulysses2×ring2"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    ulysses, ring = request.param
+    folder: Path = tmp_path_factory.mktemp("w")
+    path = make_flux(folder / "flux.safetensors", **SHAPE, dtype=torch.float32)
+    with running(folder, path=path, ulysses=ulysses, ring=ring, wait=False) as ranks:
+        reference = Reference(path, flux_facts(**SHAPE))  # while they start
+        ranks.ready()
+        yield f"ulysses {ulysses} × ring {ring}", ranks, reference
+
+
+def conditioning(text: int, batch: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(text)
+    return {
+        "context": torch.randn(batch, text, SHAPE["context_width"], generator=generator),
+        "pooled": torch.randn(batch, SHAPE["pooled_width"], generator=generator),
+    }
+
+
+def latent(size: tuple[int, int], batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, 16, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def denoise(ranks: Ranks, x: torch.Tensor, t: tuple[float, ...], key: str = "c") -> torch.Tensor:
+    (described,), frames = framed([x])
+    item = DenoiseItem(x=described, t=t, conditioning=key)
+    _, (prediction,) = ranks.turn(orders.TurnDenoise(order=1, run=1, items=(item,)), *frames)
+    return prediction
+
+
+def test_a_world_denoises_as_one_process_does(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    name, ranks, reference = world
+    rows = []
+    for text in TEXTS:
+        given = conditioning(text)
+        ranks.condition(1, "c", given, guidance=GUIDANCE)
+        figures = []
+        for size in SIZES:
+            x = latent(size)
+            expected = reference.predict(x, 0.7, **given, guidance=GUIDANCE)
+            figures.append(error(denoise(ranks, x, (0.7,)), expected))
+        rows.append((text, figures))
+    ranks.send(orders.ForgetRun(run=1))
+    with capsys.disabled():
+        print(f"\n  denoise, {name}: error against one process")
+        print("    text  " + "".join(f"{f'{h}×{w}':>10}" for h, w in SIZES))
+        for text, figures in rows:
+            print(f"    {text:4}  " + "".join(f"{figure:10.1e}" for figure in figures))
+    assert max(figure for _, figures in rows for figure in figures) < TOLERANCE
+
+
+def test_a_world_samples_as_one_process_does(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    name, ranks, reference = world
+    sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
+    shown = []
+    for text, size in zip(TEXTS, reversed(SIZES), strict=True):
+        given, noise = conditioning(text), latent(size)
+        ranks.condition(2, "c", given, guidance=GUIDANCE)
+        (described,), frames = framed([noise])
+        ranks.send(
+            orders.BeginSample(
+                run=2, sampler="euler", sigmas=tuple(sigmas), noise=described, latent=None, conditioning="c",
+                negative=None, cfg=1.0, out=None, previews=(), preview_frames=False,
+            ),
+            *frames,
+        )  # fmt: skip
+        for step in range(4):
+            done, outputs = ranks.turn(orders.TurnSample(order=10 + step, run=2, step=step))
+            assert len(done.outputs) == (step == 3)
+        expected = euler(
+            lambda x, t, given=given: reference.predict(x, t, **given, guidance=GUIDANCE), sigmas, noise
+        )
+        shown.append((text, size, error(outputs[0], expected)))
+    ranks.send(orders.ForgetRun(run=2))
+    with capsys.disabled():
+        figures = ", ".join(f"{text} with {h}×{w}: {figure:.1e}" for text, (h, w), figure in shown)
+        print(f"\n  sample (euler, 4 steps), {name}: text {figures}")
+    assert max(figure for _, _, figure in shown) < TOLERANCE
+
+
+def test_a_batch_with_its_own_times_and_texts_is_right(world: World) -> None:
+    _, ranks, reference = world
+    given, x, t = conditioning(31, batch=2), latent((18, 22), batch=2), (0.9, 0.2)
+    ranks.condition(3, "c", given, guidance=GUIDANCE)
+    (described,), frames = framed([x])
+    item = DenoiseItem(x=described, t=t, conditioning="c")
+    _, (prediction,) = ranks.turn(orders.TurnDenoise(order=2, run=3, items=(item,)), *frames)
+    for i in range(2):
+        alone = {name: value[i : i + 1] for name, value in given.items()}
+        expected = reference.predict(x[i : i + 1], t[i], **alone, guidance=GUIDANCE)
+        assert error(prediction[i : i + 1], expected) < TOLERANCE
+    ranks.send(orders.ForgetRun(run=3))
+
+
+def test_a_refusal_leaves_the_world_in_step(world: World) -> None:
+    """All ranks refuse alike, rank 0 tells, and the next turn works: nobody waits in a collective."""
+    _, ranks, reference = world
+    given, x = conditioning(15), latent((18, 22))
+    ranks.condition(1, "c", given, guidance=GUIDANCE)
+    (described,), frames = framed([x])
+    item = DenoiseItem(x=described, t=(0.5,), conditioning="never put")
+    ranks.send(orders.TurnDenoise(order=3, run=1, items=(item,)), *frames)
+    failed, _ = ranks.wait(orders.RankFailed)
+    assert (failed.rank, failed.order, failed.code, failed.alive) == (0, 3, "no_such_conditioning", True)
+    assert error(denoise(ranks, x, (0.5,)), reference.predict(x, 0.5, **given, guidance=GUIDANCE)) < TOLERANCE

@@ -1,0 +1,49 @@
+"""What an exception in a rank is told as: a code and one sentence. Knows torch only if somebody imported it."""
+
+from __future__ import annotations
+
+import sys
+
+from xditd.protocol.errors import Code, XditError
+
+REFUSALS = frozenset(
+    {
+        Code.BAD_TENSOR,
+        Code.BAD_VALUE,
+        Code.NOT_BUILT,
+        Code.NO_SUCH_CONDITIONING,
+        Code.NO_SUCH_RUN,
+    }
+)
+"""Codes of errors that follow from the order alone: every rank of a world raises them, at the same point between
+two collectives. So nobody is left waiting, and the world can go on."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    return isinstance(error, XditError) and error.code in REFUSALS
+
+
+def explain(error: BaseException) -> tuple[str, str]:
+    """The code and the sentence of an exception."""
+    if isinstance(error, XditError):
+        return str(error.code.value if isinstance(error.code, Code) else error.code), error.message
+    if _out_of_memory(error):
+        return (
+            Code.OUT_OF_MEMORY.value,
+            f"The device ran out of memory: {_first_line(error)} A smaller image, batch or more devices would fit.",
+        )
+    return Code.RANK_FAILED.value, f"The rank failed: {type(error).__name__}: {_first_line(error)}"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # The CPU's allocator has no class of its own.
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    line = lines[0][:300] if lines else "no message"
+    return line if line.endswith((".", "!")) else line + "."

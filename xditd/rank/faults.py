@@ -1,0 +1,75 @@
+"""Faults on demand, for tests: how a rank dies, hangs, fails or dawdles when `RankSpec.options` says so.
+
+Without options it does nothing. The options, all strings:
+- `crash_at_load`, `hang_at_load`, `fail_at_load`: any value.
+- `crash_at_order`, `hang_at_order`, `exit_at_order`, `fail_at_order`, `oom_at_order`: at which turn of this process,
+  counted from 1.
+- `only_rank`: the one rank that has the fault; all have it without.
+- `turn_seconds`: how much longer every turn takes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+
+
+class Faults:
+    """The faults of one rank."""
+
+    def __init__(self, options: Mapping[str, str], rank: int) -> None:
+        mine = "only_rank" not in options or int(options["only_rank"]) == rank
+        self._options = options if mine else {}
+        self._delay = float(options.get("turn_seconds", 0))
+        self._turns = 0
+
+    def at_load(self) -> None:
+        """Called before the model is loaded."""
+        self._strike("at_load", lambda value: True)
+
+    def at_turn(self) -> None:
+        """Called before a turn."""
+        self._turns += 1
+        if self._delay:
+            time.sleep(self._delay)
+        self._strike("at_order", lambda value: int(value) == self._turns)
+
+    def _strike(self, when: str, due: Callable[[str], bool]) -> None:
+        for name, fault in FAULTS.items():
+            value = self._options.get(f"{name}_{when}")
+            if value is not None and due(value):
+                fault()
+
+
+def _crash() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang() -> None:
+    while True:
+        signal.pause()
+
+
+def _exit() -> None:
+    os._exit(0)
+
+
+def _fail() -> None:
+    raise RuntimeError("A fault that a test asked for.")
+
+
+def _out_of_memory() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("A lack of memory that a test asked for.")
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "crash": _crash,
+    "hang": _hang,
+    "exit": _exit,
+    "fail": _fail,
+    "oom": _out_of_memory,
+}

@@ -1,0 +1,146 @@
+"""From a RankSpec to the worker that does its orders: imports, the world, the model. The slow part of a rank's life."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import Plan
+from xditd.protocol.orders import RankSpec
+from xditd.rank.answers import Worker
+from xditd.rank.faults import Faults
+from xditd.rank.places import Places
+
+Tell = Callable[[str], None]
+"""Reports a phase: "importing", "joining", "loading"."""
+
+LEFT_OUT = ("peft", "transformers")
+"""Packages that a transformer or a VAE never calls, but diffusers and xfuser import where they are installed: two of
+the six seconds that a rank starts in. None in sys.modules makes them look not installed."""
+
+
+def load(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
+    """The worker of a spec, ready.
+
+    Raises:
+        XditError: for a plan, file or family that cannot be served.
+        Exception: whatever else a library finds wrong.
+    """
+    if spec.family == "echo":
+        from xditd.rank.echo import Echo
+
+        faults.at_load()
+        return Echo(places, spec.rank)
+    _check(spec)
+    tell("importing")
+    _prepare(spec)
+    from xditd.rank.transfer import DTYPES
+
+    if spec.dtype not in DTYPES:
+        raise XditError(
+            Code.BAD_VALUE, f"No model computes in {spec.dtype!r}; float32 and bfloat16 would work."
+        )
+    return (
+        _load_vae(spec, places, faults, tell)
+        if spec.part == "vae"
+        else _load_transformer(spec, places, faults, tell)
+    )
+
+
+def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
+    from xditd.models.families import load as load_network
+    from xditd.rank import attention
+    from xditd.rank.denoiser import Denoiser
+    from xditd.rank.device import Device
+    from xditd.rank.transfer import DTYPES, Transfer
+
+    device, dtype = Device(spec.device), DTYPES[spec.dtype]
+    kernel = attention.choose(device.torch, dtype)
+    world: Any = None
+    if spec.world > 1:
+        from xditd.rank import xfuser_seam
+        from xditd.rank.parallel import SequenceParallel
+
+        xfuser_seam.enter(device.torch)
+        tell("joining")
+        world = xfuser_seam.join(
+            device=device.torch,
+            rank=spec.rank,
+            world=spec.world,
+            store=spec.store,
+            ulysses=spec.plan.ulysses,
+            ring=spec.plan.ring,
+            attention=kernel.xfuser,
+        )
+    tell("loading")
+    faults.at_load()
+    network = load_network(spec.family, spec.path, spec.part, device.torch, dtype)
+    if world is not None:
+        network.call = SequenceParallel(world.wrap(network.backbone, network.heads), world, device.torch)
+    else:
+        network.backbone.set_attention_backend(kernel.diffusers)
+        if spec.compile:
+            # By block, so that 57 of them cost two; dynamic, so that a new size costs a fifth of a second.
+            network.backbone.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    return Denoiser(network, Transfer(device.torch, spec.rank, spec.world, places), device, kernel.name)
+
+
+def _load_vae(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
+    from xditd.models.families import load as load_network
+    from xditd.rank.device import Device
+    from xditd.rank.transfer import DTYPES, Transfer
+    from xditd.rank.vae import Vae
+
+    device = Device(spec.device)
+    if spec.world > 1:
+        import torch.distributed
+
+        tell("joining")
+        backend = "nccl" if device.is_cuda else "gloo"
+        torch.distributed.init_process_group(
+            backend, init_method=spec.store, world_size=spec.world, rank=spec.rank
+        )
+    tell("loading")
+    faults.at_load()
+    network = load_network(spec.family, spec.path, spec.part, device.torch, DTYPES[spec.dtype])
+    return Vae(network, Transfer(device.torch, spec.rank, spec.world, places), device, "native")
+
+
+def _check(spec: RankSpec) -> None:
+    """Refuses what this version does not do. The daemon's planner does so first; this is the last line."""
+    plan: Plan = spec.plan
+    unbuilt = [name for name in ("cfg", "pipefusion", "tensor") if getattr(plan, name) != 1]
+    if unbuilt:
+        raise XditError(
+            Code.NOT_BUILT, f"A plan with {', '.join(unbuilt)} is not built; ulysses and ring are."
+        )
+    if spec.part == "transformer" and plan.ulysses * plan.ring != spec.world:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"ulysses {plan.ulysses} × ring {plan.ring} is not the world of {spec.world} ranks.",
+        )
+
+
+def _prepare(spec: RankSpec) -> None:
+    """What libraries read when they are imported, or at their first use."""
+    if spec.device.startswith("cpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if spec.threads:
+        os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in LEFT_OUT:
+        sys.modules[name] = None  # type: ignore[assignment]
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # of torch about xfuser, of diffusers about torch
+    import torch
+
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    torch.set_grad_enabled(False)

@@ -1,0 +1,85 @@
+"""A rank process from its first breath to its exit code. Imports nothing slow: that comes when the daemon knows of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+
+import msgspec
+import zmq
+
+from xditd.protocol.orders import RankPhase, RankReady, RankSpec
+from xditd.rank.faults import Faults
+from xditd.rank.loading import load
+from xditd.rank.loop import Loop, failed, report
+from xditd.rank.places import Places
+
+LINGER = 2000
+"""Milliseconds that last reports have to leave the process."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Reads the spec from standard input and serves it."""
+    begun = time.perf_counter()
+    spec = msgspec.json.decode(sys.stdin.buffer.read(), type=RankSpec)
+    if not _die_with(spec.parent):
+        return 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the daemon as well, which stops us
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, f"{spec.group}.{spec.generation}.{spec.rank}".encode())
+    socket.setsockopt(zmq.LINGER, LINGER)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.connect(spec.endpoint)
+    code = _serve(spec, socket, begun)
+    socket.close()
+    context.term()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: taking a torch.distributed world down waits for peers, which may be gone or never answer.
+    os._exit(code)
+
+
+def _serve(spec: RankSpec, socket: zmq.Socket[bytes], begun: float) -> int:
+    def tell(phase: str) -> None:
+        report(
+            socket,
+            RankPhase(
+                group=spec.group, generation=spec.generation, rank=spec.rank, pid=os.getpid(), phase=phase
+            ),
+        )
+
+    faults = Faults(spec.options, spec.rank)
+    try:
+        if spec.family == "echo":
+            tell("loading")
+        worker = load(spec, Places(spec.arena_fd), faults, tell)
+    except Exception as error:  # whatever it is, the daemon is to say it: this process cannot serve
+        traceback.print_exc()
+        report(socket, failed(spec.rank, error, None, alive=False))
+        return 1
+    report(
+        socket,
+        RankReady(
+            rank=spec.rank,
+            seconds=time.perf_counter() - begun,
+            device_memory=worker.device_memory(),
+            attention=worker.attention,
+        ),
+    )
+    return Loop(socket, spec, worker, faults).serve()
+
+
+def _die_with(parent: int) -> bool:
+    """Has the kernel kill this process with its parent, also when it is stuck in C. False: the parent is gone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    return os.getppid() == parent  # it may have died before we asked
