@@ -94,9 +94,9 @@ class Models(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shared memory for clients' tensors."""
 
-    first_bytes: Size = 64 << 20  # of a client's first segment; a larger need adds segments
-    per_client_bytes: Size = 4 << 30
-    total_bytes: Size = 16 << 30  # of all clients
+    first_bytes: Size = 16 << 20  # of a client's first segment; a larger need adds segments
+    per_client_bytes: Size = 1 << 30
+    total_bytes: Size = 4 << 30  # of all clients; host memory that nothing can reclaim
 
     def __post_init__(self) -> None:
         if not 4096 <= self.first_bytes <= self.per_client_bytes <= self.total_bytes:
