@@ -258,4 +258,6 @@ def test_the_echo_takes_any_shape_and_gives_it_back():
     echo.check_sample(ECHO, sample(noise=odd, sigmas=(14.6, 0.0)), {})
     echo.check_decode(ECHO, odd, tensor(1, 2, dtype="float32"))
     echo.check_encode(ECHO, odd, None)
+    other = tensor(7, 5, 3, dtype="float32")
+    refused(Code.BAD_TENSOR, "out has dtype", echo.check_denoise, ECHO, odd, (0.5,), {}, other)
     refused(Code.BAD_TENSOR, "out has shape", echo.check_denoise, ECHO, odd, (0.5,), {}, tensor(1))

@@ -38,9 +38,9 @@ def check_denoise(
     conditioning: Mapping[str, Tensor],
     out: Tensor | None = None,
 ) -> None:
-    """Any x; out shaped as x, which is answered."""
+    """Any x; out as x, which is answered."""
     inputs.check_float("x", x)
-    inputs.check_same_shape("out", out, x, "x")
+    _check_alike("out", out, x, "x")
 
 
 def check_sample(
@@ -49,14 +49,14 @@ def check_sample(
     conditioning: Mapping[str, Tensor],
     negative: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Any noise; latent, out and previews shaped as noise, which is answered."""
+    """Any noise; latent shaped as noise, out and previews as noise, which is answered."""
     inputs.check_loop(message, highest=float("inf"))
     noise = message.noise
     inputs.check_float("noise", noise)
-    for what, tensor in (("latent", message.latent), ("out", message.out)):
-        inputs.check_same_shape(what, tensor, noise, "noise")
+    inputs.check_same_shape("latent", message.latent, noise, "noise")
+    _check_alike("out", message.out, noise, "noise")
     for i, preview in enumerate(message.previews):
-        inputs.check_same_shape(f"preview {i}", preview, noise, "noise")
+        _check_alike(f"preview {i}", preview, noise, "noise")
 
 
 def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
@@ -65,3 +65,10 @@ def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> 
 
 def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
     """Any image to any out."""
+
+
+def _check_alike(what: str, tensor: Tensor | None, other: Tensor, of: str) -> None:
+    """Bytes are copied as they are, so the dtype must be the same too."""
+    inputs.check_same_shape(what, tensor, other, of)
+    if tensor is not None:
+        inputs.check_float(what, tensor, (other.dtype,))
