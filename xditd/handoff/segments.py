@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 
+from xditd.handoff import memory
 from xditd.protocol.errors import Code, XditError
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -25,10 +26,19 @@ def create(nbytes: int) -> int:
     Raises:
         XditError: `arena_exhausted` where the machine has no memory or the process no descriptor left for it.
     """
+    left = memory.available() * 7 // 8
+    if nbytes > left:
+        raise XditError(
+            Code.ARENA_EXHAUSTED,
+            f"The machine has no memory for a shared segment of {nbytes} bytes: {left} can be had. Close what else "
+            "runs on it, or ask for less.",
+        )
     fd = -1
     try:
         fd = os.memfd_create("xditd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.posix_fallocate(fd, 0, nbytes)  # unlike ftruncate it fails here and not at the first touch
+        os.posix_fallocate(
+            fd, 0, nbytes
+        )  # unlike ftruncate, what fails does so here and not at the first touch
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     except OSError as error:
         if fd >= 0:
