@@ -2,30 +2,25 @@
 
 No thread of its own. One lock is around everything that touches the ZeroMQ socket, and nobody waits inside it:
 of the threads that wait, one is the *reader*. It polls the descriptors without the lock, then takes it, reads all
-that came and wakes the others; when it has its own answer, another takes its place.
-
-ZeroMQ's descriptor is edge-triggered: any call may swallow the edge that announced a message. So whoever held the
-lock and touched the socket leaves it drained, and wakes the reader if the reader's own answer was among it.
+that came and wakes the others; when it has its own answer, another takes its place. Whoever sends reads as well,
+since ZeroMQ's descriptor is edge-triggered, and wakes the reader if the reader's own answer was among it.
 
 It knows no runs and no tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import select
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import zmq
 from msgspec import Struct
-from zmq.utils.monitor import recv_monitor_message
 
+from xditd.client.channel import Channel
 from xditd.client.parcel import Parcel
 from xditd.client.request import Request, anew
 from xditd.handoff.arena import Arena
@@ -43,9 +38,6 @@ TICK = 0.02
 
 _LAST_WORDS = 0.05
 """Seconds that answers may still take to come out of ZeroMQ when the daemon's end of file is there already."""
-
-_LINGER = 100
-"""Milliseconds that a last cancel may take to leave after `close`."""
 
 
 class Connection:
@@ -76,28 +68,7 @@ class Connection:
         self._reader: Request | None = None
         self._followers: list[Request] = []
         self._closed = False
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._close_wake = weakref.finalize(self, os.close, self._wake)
-        self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-        self._monitor: zmq.Socket[bytes] | None = None
-        self._socket.setsockopt(zmq.LINGER, _LINGER)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_FRAME)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        if endpoint.path is None:
-            self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-            self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 20000)
-        if arena is None:
-            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._poll = select.poll()
-        self._poll.register(self._wake, select.POLLIN)
-        self._socket_fd = int(self._socket.getsockopt(zmq.FD))
-        self._poll.register(self._socket_fd, select.POLLIN)
-        if self._monitor is not None:
-            self._poll.register(int(self._monitor.getsockopt(zmq.FD)), select.POLLIN)
-        self._lease_fd = -1 if arena is None else arena.lease.fileno()
-        if arena is not None:
-            self._poll.register(self._lease_fd, select.POLLRDHUP)
-        self._socket.connect(endpoint.address)
+        self._channel = Channel(context, endpoint, None if arena is None else arena.lease)
 
     def open(self, name: str, timeout: float, interrupt: Callable[[], None] | None = None) -> None:
         """Says hello.
@@ -113,13 +84,9 @@ class Connection:
     def alive(self) -> bool:
         """Whether it can be used; looks for an end of file that nobody has seen yet."""
         with self._lock:
-            if self.lost is None:
-                if self.arena is not None:
-                    if self.arena.lease.gone:
-                        self._receive(None)
-                        self._lose(_daemon_lost())
-                else:
-                    self._receive(None)
+            if self.lost is None and self._channel.hung_up:
+                self._receive(None)
+                self._lose(_daemon_lost())
             return self.lost is None
 
     def ask(
@@ -158,13 +125,7 @@ class Connection:
             request = Request(self._last_id, kind, parcel)
             try:
                 header = codec.encode(kind(id=request.id, **fields))
-                if parcel is not None and parcel.frames:
-                    self._socket.send_multipart([header, *parcel.frames], zmq.NOBLOCK, copy=False)
-                else:
-                    self._socket.send(header, zmq.NOBLOCK)
-            except zmq.Again:
-                _release(parcel)
-                raise XditError(Code.TIMEOUT, "The daemon takes no more messages; it may hang.") from None
+                self._channel.send(header, parcel.frames if parcel is not None else ())
             except BaseException:
                 _release(parcel)
                 raise
@@ -299,31 +260,28 @@ class Connection:
 
     def _read(self, request: Request, timeout: float | None) -> None:
         """The reader's wait, outside of the lock, and what came of it, inside."""
-        ready = self._poll.poll(None if timeout is None else timeout * 1000)
-        fds = [fd for fd, _ in ready]
+        woken, watched = self._channel.poll(timeout)
         with self._lock:
-            if self._wake in fds:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
+            if woken:
+                self._channel.calm()
             if self.lost is not None:
                 return
             self._receive(request)
-        if self._lease_fd in fds:
+            hung_up = watched and self.lost is None and self._channel.hung_up
+        if hung_up:
             self._hear_last_words(request)
 
     def _hear_last_words(self, request: Request) -> None:
         """The daemon's end of file overtakes what it said before through ZeroMQ: waits a moment for that."""
-        poll = select.poll()
-        poll.register(self._socket_fd, select.POLLIN)
         end = time.monotonic() + _LAST_WORDS
         while (left := end - time.monotonic()) > 0:
-            poll.poll(left * 1000)
             with self._lock:
                 if self.lost is not None:
                     return
                 self._receive(request)
-                if all(r.abandoned for r in self._requests.values()):
+                if all(waiting.abandoned for waiting in self._requests.values()):
                     break
+            self._channel.poll_messages(left)
         with self._lock:
             self._lose(_daemon_lost())
 
@@ -341,22 +299,11 @@ class Connection:
 
     def _receive(self, me: Request | None) -> None:
         """Reads and hands out all that has come. `me` is the request of the thread that calls."""
-        if self._monitor is not None and self.lost is None:
-            while int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                if recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED:
-                    self._drain(me)
-                    self._lose(_daemon_lost())
-                    return
-        self._drain(me)
-
-    def _drain(self, me: Request | None) -> None:
-        socket = self._socket
-        while self.lost is None and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            header = socket.recv(zmq.NOBLOCK)
-            frames: list[Any] = []
-            while socket.getsockopt(zmq.RCVMORE):
-                frames.append(socket.recv(zmq.NOBLOCK, copy=False))
-            self._dispatch(header, frames, me)
+        while self.lost is None:
+            message = self._channel.receive()
+            if message is None:
+                return
+            self._dispatch(*message, me)
 
     def _dispatch(self, header: bytes, frames: list[Any], me: Request | None) -> None:
         try:
@@ -404,7 +351,7 @@ class Connection:
 
     def _notify(self, request: Request) -> None:
         if request is self._reader:
-            os.eventfd_write(self._wake, 1)
+            self._channel.wake()
         elif request in self._followers:
             assert request.woken is not None
             self._followers.remove(request)
@@ -423,19 +370,15 @@ class Connection:
         if self._reader is None:
             self._dispose()
         else:
-            os.eventfd_write(self._wake, 1)  # the reader disposes of what it polls when it steps down
+            self._channel.wake()  # the reader disposes of what it polls when it steps down
 
     def _dispose(self) -> None:
         if self._closed:
             return
         self._closed = True
-        if self._monitor is not None:
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-        self._socket.close()
+        self._channel.close()
         if self.arena is not None:
             self.arena.close()
-        self._close_wake()
 
 
 def _release(parcel: Parcel | None) -> None:
