@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench.handoff.echo import Echo
+from bench.handoff.echo import Echo, same
 from bench.handoff.payloads import Payload, refill, renew
 from bench.handoff.peers import Peer
 
@@ -73,7 +73,6 @@ def _turn(
     begin = time.perf_counter()
     answer = peer.once(payload.name, inputs)
     seconds = time.perf_counter() - begin
-    expected = echo({name: tensor.clone() for name, tensor in inputs.items()})
-    if not torch.equal(answer, expected):
+    if not same(answer, echo(inputs)):
         raise WrongAnswer(f"{peer.name} answered payload {payload.name} with other contents than were due.")
     return seconds

@@ -1,0 +1,48 @@
+"""A real daemon for a benchmark, in a folder of its own, gone with all it made when the benchmark is done."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LAST_WORDS = 4000
+"""Bytes of a failed daemon's log that are shown."""
+
+
+@contextmanager
+def serving(**settings: object) -> Iterator[str]:
+    """Runs `python -m xditd.daemon` and yields its endpoint. A client's own timeout waits until it answers.
+
+    Args:
+        settings: keys of its configuration, with `__` for the dot: `devices__cpu_ranks=1`.
+
+    Raises:
+        RuntimeError: it ended before it was asked to, with the end of its log.
+    """
+    with tempfile.TemporaryDirectory(prefix="xditd-bench-") as folder:
+        endpoint = f"ipc://{folder}/xditd.sock"
+        keys = {"endpoint": endpoint, "log.level": "warning"} | {
+            name.replace("__", "."): value for name, value in settings.items()
+        }
+        command = [sys.executable, "-m", "xditd.daemon"]
+        for key, value in keys.items():
+            command += ["--set", f"{key}={json.dumps(value)}"]
+        log = Path(folder, "log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+        try:
+            yield endpoint
+        finally:
+            ended = process.poll()
+            if ended is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait(30)
+        if ended is not None:
+            words = log.read_text(errors="replace")[-LAST_WORDS:]
+            raise RuntimeError(f"The daemon ended with code {ended} during the benchmark:\n{words}")
