@@ -66,14 +66,12 @@ class Arena:
         """Takes a slot back. Once only, and not if it was lent."""
         self._returned.append((slot.segment, slot.offset))
 
-    def lend(self, slot: Slot) -> ctypes.Array[ctypes.c_ubyte]:
-        """The slot's bytes as an object whose death, with that of every view of it, gives the slot back.
-
-        A ctypes array and no memoryview: a slice of a memoryview does not keep the memoryview that it is of.
-        """
+    def lend(self, slot: Slot) -> memoryview:
+        """The slot's bytes; the slot is given back when this view and every other that was made of it are gone."""
+        # Of a ctypes array, whose death is the last: a slice of a memoryview does not keep the memoryview it is of.
         lent = _bytes(slot.nbytes).from_buffer(slot.memory)
         weakref.finalize(lent, self._returned.append, (slot.segment, slot.offset)).atexit = False
-        return lent
+        return memoryview(lent).cast("B")
 
     @property
     def capacity(self) -> int:
