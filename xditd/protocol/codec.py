@@ -7,8 +7,9 @@ so the unpacker's own limits come first and the schema second. No pickle anywher
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union
 
 import msgpack
 import msgspec
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 def encode(message: msgspec.Struct) -> bytes:
     """One struct as a msgpack map whose `type` names it."""
-    packed = msgpack.packb(msgspec.to_builtins(message), use_bin_type=True)
+    packed = _ENCODER.encode(message)
     if len(packed) > MAX_HEADER:
         raise XditError(
             Code.TOO_LARGE,
@@ -61,6 +62,9 @@ def decode(header: bytes | memoryview, union: Any, known: Iterable[str]) -> Any:
         XditError: `too_large`, `unknown_type` or `bad_message`; `details["id"]` names the request where it could
             be read.
     """
+    message = _ours(header, union)
+    if message is not None:
+        return message
     if len(header) > MAX_HEADER:
         raise XditError(Code.TOO_LARGE, f"A header of {len(header)} bytes is over the limit of {MAX_HEADER}.")
     try:
@@ -85,26 +89,64 @@ def decode(header: bytes | memoryview, union: Any, known: Iterable[str]) -> Any:
     if fault is not None:
         raise XditError(fault[0], f"{kind} {fault[1]}.", **named)
     try:
-        return msgspec.convert(plain, _structs(union)[kind])  # to a union of twenty it takes 35 times as long
+        return msgspec.convert(
+            plain, _known(union).structs[kind]
+        )  # to a union of twenty it takes 35 times as long
     except msgspec.ValidationError as error:
         raise XditError(Code.BAD_MESSAGE, f"{kind} does not fit its schema: {error}.", **named) from error
 
 
 def tags(union: Any) -> frozenset[str]:
     """The `type` of every struct in a union."""
-    return frozenset(_structs(union))
+    return frozenset(_known(union).structs)
 
 
-_STRUCTS: dict[int, tuple[Any, dict[str, Any]]] = {}  # by id: hashing a union costs as much as it saves
+def _ours(header: bytes | memoryview, union: Any) -> Any:
+    """The message of a short header that is byte for byte what `encode` writes; None for any other.
+
+    It takes 2 µs where the whole way takes 20, and accepts nothing that the whole way refuses: what is written anew
+    to the same bytes has no key twice, no unknown field and no depth, and is short enough for every limit. What could
+    be a NaN or an infinity goes the whole way.
+    """
+    if len(header) > _SHORT or _MAYBE_NAN.search(header):
+        return None
+    try:
+        message = _known(union).decoder.decode(header)
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # ValueError: what is no UTF-8
+        return None
+    return message if _ENCODER.encode(message) == header else None
 
 
-def _structs(union: Any) -> dict[str, Any]:
-    """The struct of each tag of a union, or of the one struct that it is."""
-    known = _STRUCTS.get(id(union))
-    if known is None:
+_SHORT = 2048
+"""Bytes below which no string, array or map of a header can be over its limit."""
+
+_MAYBE_NAN = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
+"""How NaN and infinity begin in MessagePack; other things may too."""
+
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+class _Known:
+    """The structs of a union by their tags, and a decoder of those whose depth their fields bound."""
+
+    __slots__ = ("decoder", "structs", "union")
+
+    def __init__(self, union: Any) -> None:
         members = getattr(union, "__args__", (union,))
-        known = _STRUCTS[id(union)] = (union, {struct.__struct_config__.tag: struct for struct in members})
-    return known[1]
+        self.union = union  # held, so that no other gets its id
+        self.structs = {struct.__struct_config__.tag: struct for struct in members}
+        bounded = [s for s in members if not any("Any" in str(hint) for hint in s.__annotations__.values())]
+        self.decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Union[tuple(bounded)])
+
+
+_KNOWN: dict[int, _Known] = {}  # by id: hashing a union costs as much as it saves
+
+
+def _known(union: Any) -> _Known:
+    known = _KNOWN.get(id(union))
+    if known is None:
+        known = _KNOWN[id(union)] = _Known(union)
+    return known
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
