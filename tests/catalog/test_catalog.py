@@ -188,8 +188,9 @@ def test_a_file_is_read_once_until_it_changes(catalog, models, monkeypatch):
 def test_a_refusal_is_remembered_too_until_the_file_is_mended(catalog, models):
     ref = {"kind": "vae", "name": "ae.safetensors"}
     write(models / "vae" / "ae.safetensors", entries(autoencoder_kl.parameters(FLUX_VAE)), missing=1)
-    assert refusal(catalog, **ref).code is Code.FILE_INVALID
-    assert refusal(catalog, **ref).code is Code.FILE_INVALID
+    first, second = refusal(catalog, **ref), refusal(catalog, **ref)
+    assert first.code is second.code is Code.FILE_INVALID
+    assert first is not second, "an exception that is raised twice grows"
     write_vae(models / "vae" / "ae.safetensors")
     assert catalog.find(ModelRef(**ref)).info.family == "autoencoder_kl"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sparse_files import (
     FLUX_DEV,
     FLUX_SCHNELL,
@@ -251,6 +253,28 @@ def test_keys_of_strangers_do_not_break_the_sentence():
     error = refusal(header_of({"\n\x1b[31m": (1,), "x" * 5000: (1,)}))
     assert error.message.isprintable()
     assert len(error.message) < 500
+
+
+TINY_VAE = SDXL_VAE | {"channels": 32} | {f"channels_{i}": 32 for i in range(4)}
+TINY_FLUX = SMALL_FLUX | {"double_blocks": 1, "single_blocks": 1}
+
+
+@pytest.mark.parametrize(
+    ("part", "shapes"),
+    [("transformer", flux.parameters(TINY_FLUX)), ("vae", autoencoder_kl.parameters(TINY_VAE))],
+)
+def test_no_spoilt_file_does_anything_but_be_refused(part, shapes):
+    sizes = st.lists(st.integers(0, 5) | st.integers(0, 2**53), max_size=5).map(tuple)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.dictionaries(st.sampled_from(sorted(shapes)), st.none() | sizes, min_size=1, max_size=3))
+    def spoil(changes):
+        changes = {key: shape for key, shape in changes.items() if shape != shapes[key]}
+        spoilt = {key: shape for key, shape in (shapes | changes).items() if shape is not None}
+        if changes:
+            refusal(header_of(spoilt), part).message.encode()
+
+    spoil()
 
 
 def test_families_are_found_by_name():

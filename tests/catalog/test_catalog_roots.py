@@ -218,6 +218,9 @@ def test_what_is_out_of_reach_says_whose_reach(tmp_path, monkeypatch):
     assert error.code is Code.MODEL_NOT_VISIBLE
     assert "user xditd" in error.message
     assert "Permission denied" in error.message
+    (listed,) = roots.files("vae")
+    assert (listed.name, listed.problem.code) == (".", Code.MODEL_NOT_VISIBLE)
+    assert str(tmp_path / "models" / "vae") in listed.problem.message
     with pytest.raises(XditError) as caught:
         model_roots(comfyui=tmp_path, user="xditd")
     assert caught.value.code is Code.BAD_CONFIG
@@ -267,9 +270,11 @@ def test_links_are_followed_where_the_configuration_says_so(linked):
 
 
 def test_links_that_may_not_be_followed_are_listed_without_a_path(linked):
-    files = {file.name: file.path for file in model_roots(comfyui=linked / "comfyui").files("vae")}
-    assert files["ae.safetensors"] == files["many"] == ""
-    assert files["all.safetensors"]
+    files = {file.name: file for file in model_roots(comfyui=linked / "comfyui").files("vae")}
+    for name in ("ae.safetensors", "many"):
+        assert files[name].path == ""
+        assert files[name].problem.code is Code.FILE_REFUSED
+    assert files["all.safetensors"].problem is None
     assert "gone.safetensors" not in files
 
 

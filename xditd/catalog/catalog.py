@@ -96,7 +96,7 @@ class Catalog:
         path, stamp = self._choose(kind, ref)
         recognised = self._recognise(kind, ref.name, path, stamp)[part]
         if isinstance(recognised, XditError):
-            raise recognised
+            raise _anew(recognised)
         info = _info(kind, ref.name, part, stamp.size, recognised)
         return Found(path=path, info=info, prefix=recognised.prefix)
 
@@ -128,8 +128,8 @@ class Catalog:
                 raise XditError(
                     Code.FILE_REFUSED, "Its name is not UTF-8, so no client can name it; rename it."
                 )
-            if not file.path:
-                raise self.roots.leads_out(kind, name)
+            if file.problem is not None:
+                raise file.problem
             if kind not in PARTS:
                 raise _kind_not_built(kind)
             stamp = _stamp(os.stat(file.path))
@@ -182,14 +182,19 @@ def _read(kind: str, name: str, path: str) -> dict[str, Recognised | XditError]:
     try:
         header = read_header(path, f"{kind}/{name}")
     except XditError as error:
-        return dict.fromkeys(PARTS[kind], error)
+        return dict.fromkeys(PARTS[kind], _anew(error))
     parts: dict[str, Recognised | XditError] = {}
     for part in PARTS[kind]:
         try:
             parts[part] = recognise(header, part)
         except XditError as error:
-            parts[part] = error
+            parts[part] = _anew(error)
     return parts
+
+
+def _anew(error: XditError) -> XditError:
+    """The same without its traceback, which holds headers and would grow with every raise of a kept error."""
+    return XditError(error.code, error.message, **error.details)
 
 
 def _worth_saying(parts: dict[str, Recognised | XditError]) -> Iterator[XditError]:

@@ -37,15 +37,17 @@ SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pk
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A file below a root.
+    """A file below a root, or a folder or link that is not looked into.
 
     Attributes:
         name: as ComfyUI lists it: relative to its root, with "/".
-        path: with all links resolved; "" where a link leads out of the roots and may not.
+        path: with all links resolved; "" where there is a problem.
+        problem: why it is not looked into.
     """
 
     name: str
-    path: str
+    path: str = ""
+    problem: XditError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +114,13 @@ class Roots:
         """Every model file of a kind, sorted by name within its root; of equal names the first root's alone."""
         seen: set[str] = set()
         for folder in self.folders(kind):
-            for name in sorted(self._walk(folder)):
-                if name not in seen:
-                    seen.add(name)
-                    path = folder / name
-                    yield ModelFile(name, os.path.realpath(path) if self.allows(path) else "")
+            for file in sorted(self._walk(kind, folder), key=lambda file: file.name):
+                if file.name not in seen:
+                    seen.add(file.name)
+                    yield file
 
-    def _walk(self, root: Path) -> Iterator[str]:
-        """Names of model files below a root, and of links to folders that may not be followed.
-
-        Every folder is walked once, by its own name rather than a link's: links may form cycles.
-        """
+    def _walk(self, kind: str, root: Path) -> Iterator[ModelFile]:
+        """Every folder is walked once, by its own name rather than a link's: links may form cycles."""
         seen: set[tuple[int, int]] = set()
         waiting = deque([""])
         while waiting:
@@ -142,11 +140,18 @@ class Roots:
                             if self.allows(root / name):
                                 waiting.append(name)
                             else:
-                                yield name
+                                yield ModelFile(name, problem=self.leads_out(kind, name))
                         elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                            yield name
-            except OSError:
-                continue  # a folder that is not there, or not ours to read, holds no models for us
+                            yield self._file(kind, name, root / name)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # it need not be there yet, or was removed just now
+            except OSError as error:
+                yield ModelFile(below or ".", problem=self._out_of_reach(kind, below, root / below, error))
+
+    def _file(self, kind: str, name: str, path: Path) -> ModelFile:
+        if self.allows(path):
+            return ModelFile(name, os.path.realpath(path))
+        return ModelFile(name, problem=self.leads_out(kind, name))
 
     def allows(self, path: Path) -> bool:
         """Whether links on the way to a path stay within the roots, or may leave them."""
@@ -179,8 +184,8 @@ class Roots:
     def _out_of_reach(self, kind: str, name: str, path: Path, error: OSError) -> XditError:
         return XditError(
             Code.MODEL_NOT_VISIBLE,
-            f"{kind}/{shown(name)} may be at {path}, but user {self.user}, whom the daemon runs as, cannot look "
-            f"there: {error.strerror}; give that user access.",
+            f"{kind}/{shown(name)} cannot be seen: user {self.user}, whom the daemon runs as, cannot look at {path}: "
+            f"{error.strerror}; give that user access.",
             roots=[str(folder) for folder in self.folders(kind)],
             user=self.user,
         )

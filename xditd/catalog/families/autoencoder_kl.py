@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xditd.catalog.families import inputs
-from xditd.catalog.families.expected import check_shapes, count, shape
+from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
@@ -38,7 +38,7 @@ def detect(header: Header, prefix: str) -> Detected | None:
         "channels": shape(header, prefix + "encoder.conv_in.weight", 4)[0],
         "levels": levels,
         "blocks": blocks,
-        "quant": int(prefix + "quant_conv.weight" in tensors),
+        "quant": int(has(header, prefix + "quant_conv.") or has(header, prefix + "post_quant_conv.")),
     }
     for i in range(levels):
         key = f"{prefix}encoder.down.{i}.block.0.conv1.weight"

@@ -29,7 +29,14 @@ def shape(header: Header, key: str, dimensions: int) -> tuple[int, ...]:
             Code.FILE_INVALID,
             f"{header.name}: {shown(key)} has shape {shape_of(entry.shape)}; it must have {dimensions} dimensions.",
         )
+    if 0 in entry.shape:
+        raise XditError(Code.FILE_INVALID, f"{header.name}: {shown(key)} is empty; fetch it again.")
     return entry.shape
+
+
+def has(header: Header, start: str) -> bool:
+    """Whether there is any parameter below a key: of a module that a model may have, all of it must be there."""
+    return any(key.startswith(start) for key in header.tensors)
 
 
 def count(header: Header, start: str, most: int) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from xditd.catalog.families import inputs
-from xditd.catalog.families.expected import check_shapes, count, shape
+from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
@@ -61,7 +61,7 @@ def detect(header: Header, prefix: str) -> Detected | None:
         "context_width": context_width,
         "pooled_width": pooled_width,
         "latent_channels": columns // PATCH**2,
-        "guidance": int(prefix + "guidance_in.in_layer.weight" in tensors),
+        "guidance": int(has(header, prefix + "guidance_in.")),
         "scale": SCALE,
     }
     keys = check_shapes(header, prefix, parameters(facts), label)
