@@ -47,7 +47,7 @@ def test_status_shows_everything_a_person_looks_for(ask):
     ]:  # fmt: skip
         assert word in result.stdout
     assert "\x1b" not in result.stdout, "no colours in a pipe"
-    assert result.client.asked[0] == ("connect", (None,), {"shared_memory": False, "timeout": 2.0})
+    assert result.client.asked[0] == ("connect", (None,), {"shared_memory": False, "timeout": 5.0})
 
 
 def test_a_daemon_that_has_just_begun_says_what_there_is_not(ask):

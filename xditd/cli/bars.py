@@ -22,6 +22,7 @@ from xditd.protocol.messages import Queued, Rebound
 
 PHASES = {
     "waiting": "waiting for a group",
+    "starting": "ranks start",
     "importing": "ranks import torch and xfuser",
     "joining": "ranks join their world",
     "loading": "ranks load the model",

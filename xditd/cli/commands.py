@@ -17,6 +17,9 @@ from xditd.protocol.endpoints import VARIABLE
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelRef
 
+PATIENCE = 5.0
+"""Seconds to wait for a daemon, and for answers that need no model."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -50,8 +53,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON f
 
 
 def connect(endpoint: str | None, **options: Any) -> Client:
-    """A client under xditctl's name."""
-    return Client(endpoint, name="xditctl", **options)
+    """A client under xditctl's name. A person waits no half minute to hear that there is no daemon."""
+    return Client(endpoint, name="xditctl", **({"timeout": PATIENCE} | options))
 
 
 def stdout() -> Console:

@@ -79,7 +79,7 @@ def _prepared(daemon: OwnDaemon) -> Client:
         making = [sys.executable, "-m", "xditd.models.making", str(daemon.models)]
         made = subprocess.run(making, capture_output=True, text=True)
     if made.returncode:
-        last = (made.stderr.strip().splitlines() or ["nothing said"])[-1]
+        last = (made.stderr.strip().splitlines() or [f"ended with {made.returncode}"])[-1]
         raise XditError(Code.MODEL_FAILED, f"The small models could not be made: {last}.")
     bytes_made = sum(path.stat().st_size for path in daemon.models.rglob("*.safetensors"))
     console.print(
@@ -122,7 +122,9 @@ def _models(client: Client) -> tuple[ModelRef, ModelRef]:
     Raises:
         XditError: `model_not_visible` where it lacks one.
     """
-    listed = client.models().models
+    listed = sorted(
+        client.models().models, key=lambda info: info.kind == "checkpoints"
+    )  # files of their own first
 
     def first(family: str, what: str) -> ModelRef:
         info = next((info for info in listed if info.family == family), None)

@@ -73,4 +73,4 @@ def sigmas(steps: int, mu: float, denoise: float = 1.0) -> tuple[float, ...]:
 
 def shifted(sigma: float, mu: float) -> float:
     """A sigma in (0, 1], shifted."""
-    return math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
+    return 1 / (1 + (1 / sigma - 1) / math.exp(mu))  # divided through: 1 stays exactly 1

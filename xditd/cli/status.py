@@ -33,7 +33,7 @@ def status(endpoint: str | None, as_json: bool, watch: bool, interval: float) ->
       xditctl status --watch
       xditctl status --json | jq '.groups[].ranks[].pid'
     """
-    with connect(endpoint, shared_memory=False, timeout=2.0) as client:
+    with connect(endpoint, shared_memory=False) as client:
         if as_json:
             while True:
                 print_json(client.status())
