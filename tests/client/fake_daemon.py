@@ -7,14 +7,14 @@ thread of the test, or with `python -m tests.client.fake_daemon <path>` as a pro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import zmq
 
 from xditd.daemon.arenas import Arena, Arenas
@@ -23,6 +23,9 @@ from xditd.protocol import codec
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.tensors import Tensor
+
+if TYPE_CHECKING:
+    import torch
 
 LIMITS = m.Limits(
     header_bytes=codec.MAX_HEADER, frames=64, frame_bytes=1 << 24, arena_bytes=1 << 24, runs=16, queue=16
@@ -49,7 +52,9 @@ class FakeDaemon:
         seen: every request that came, in order.
     """
 
-    def __init__(self, path: str, *, first_bytes: int = 1 << 20, per_client: int = 1 << 24, version: int = 1) -> None:
+    def __init__(
+        self, path: str, *, first_bytes: int = 1 << 20, per_client: int = 1 << 24, version: int = 1
+    ) -> None:
         self.endpoint = f"ipc://{path}"
         self.epoch = os.urandom(4).hex()
         self.version = version
@@ -77,7 +82,8 @@ class FakeDaemon:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        with contextlib.suppress(RuntimeError):  # it was drained, and has stopped
+            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
         for segment in self._maps.values():
             segment.close()
@@ -195,7 +201,10 @@ class FakeDaemon:
             return m.Unloaded(re=message.id, groups=("g1",)), out
         if isinstance(message, m.OpenRun):
             if message.model.name == "missing":
-                raise XditError(Code.MODEL_NOT_VISIBLE, "There is no such file.", )
+                raise XditError(
+                    Code.MODEL_NOT_VISIBLE,
+                    "There is no such file.",
+                )
             number = next(self._runs)
             self._send(peer, m.Queued(re=message.id, run=number, position=0, phase="loading"))
             return m.RunOpened(re=message.id, run=number, group="g1", plan=PLAN, model=MODEL), out
@@ -212,10 +221,18 @@ class FakeDaemon:
         if isinstance(message, m.Decode):
             latent = self._read(peer, message.latent, frames)
             image = latent[:, :3].permute(0, 2, 3, 1).repeat_interleave(8, 1).repeat_interleave(8, 2).float()
-            return m.Decoded(re=message.id, image=self._write(peer, image, message.out, out), seconds=0.0), out
+            return m.Decoded(
+                re=message.id, image=self._write(peer, image, message.out, out), seconds=0.0
+            ), out
         if isinstance(message, m.Encode):
-            image = self._read(peer, message.image, frames)[:, ::8, ::8, :1].permute(0, 3, 1, 2).repeat(1, 16, 1, 1)
-            return m.Encoded(re=message.id, latent=self._write(peer, image, message.out, out), seconds=0.0), out
+            image = (
+                self._read(peer, message.image, frames)[:, ::8, ::8, :1]
+                .permute(0, 3, 1, 2)
+                .repeat(1, 16, 1, 1)
+            )
+            return m.Encoded(
+                re=message.id, latent=self._write(peer, image, message.out, out), seconds=0.0
+            ), out
         if isinstance(message, m.Cancel):
             return m.Cancelled(re=message.id, run=message.run), out
         if isinstance(message, m.Close):
@@ -236,10 +253,17 @@ class FakeDaemon:
                 slot = message.previews[(step - 1) % len(message.previews)] if message.previews else None
                 preview = self._write(peer, x, slot, shown)
             event = m.Progress(
-                re=message.id, run=message.run, step=step, total=total, sigma=message.sigmas[step], preview=preview
+                re=message.id,
+                run=message.run,
+                step=step,
+                total=total,
+                sigma=message.sigmas[step],
+                preview=preview,
             )
             self._send(peer, event, tuple(shown))
-        return m.Sampled(re=message.id, latent=self._write(peer, x, message.out, out), steps=total, seconds=0.0)
+        return m.Sampled(
+            re=message.id, latent=self._write(peer, x, message.out, out), steps=total, seconds=0.0
+        )
 
     def _welcome(self, message: m.Hello) -> m.Welcome:
         return m.Welcome(
@@ -269,16 +293,24 @@ class FakeDaemon:
         assert arena is not None
         assert tensor.segment is not None
         if tensor.segment not in self._maps:
-            self._maps[tensor.segment] = Segment(os.dup(arena.fd(tensor.segment)), arena.segments[tensor.segment])
+            self._maps[tensor.segment] = Segment(
+                os.dup(arena.fd(tensor.segment)), arena.segments[tensor.segment]
+            )
         return self._maps[tensor.segment].view(tensor.offset, tensor.nbytes)
 
     def _read(self, peer: bytes, tensor: Tensor, frames: list[bytes]) -> torch.Tensor:
+        import torch  # not above: a daemon that is started to be killed shall start soon
+
         memory = frames[tensor.frame] if tensor.frame is not None else self._memory(peer, tensor)
         return torch.frombuffer(bytearray(memory), dtype=getattr(torch, tensor.dtype)).view(tensor.shape)
 
     def _write(self, peer: bytes, value: torch.Tensor, out: Tensor | None, frames: list[bytes]) -> Tensor:
+        import torch
+
         if out is not None:
-            target = torch.frombuffer(self._memory(peer, out), dtype=getattr(torch, out.dtype)).view(out.shape)
+            target = torch.frombuffer(self._memory(peer, out), dtype=getattr(torch, out.dtype)).view(
+                out.shape
+            )
             target.copy_(value)
             return out
         flat = value.contiguous().view(torch.uint8).flatten()
