@@ -21,6 +21,9 @@ from xditd.rank.places import Places
 LINGER = 2000
 """Milliseconds that last reports have to leave the process."""
 
+LAST_WORDS = 5.0
+"""Seconds that a rank which failed waits to be killed."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -39,6 +42,9 @@ def main() -> int:
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.connect(spec.endpoint)
     code = _serve(spec, socket, begun)
+    if code:
+        # The daemon kills a failed rank when it has read why. Ending before that, we would look like a crash.
+        time.sleep(LAST_WORDS)
     socket.close()
     context.term()
     sys.stdout.flush()

@@ -1,0 +1,91 @@
+"""A real daemon in a process of its own, for tests: started, waited for, looked into, stopped or killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from xditd.client import Client
+
+T = TypeVar("T")
+
+
+class Service:
+    """`python -m xditd.daemon` with a folder of its own.
+
+    Args:
+        folder: for its socket, log and runtime files.
+        settings: configuration by dotted key, as `--set` takes it.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.endpoint = f"ipc://{folder}/xditd.sock"
+        self.log = folder / "log"
+        arguments = [f"--set={key}={_toml(value)}" for key, value in settings.items()]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "xditd.daemon", f"--set=endpoint={self.endpoint}", *arguments],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "NOTIFY_SOCKET": ""},
+            )
+        wait_for(
+            lambda: "Serving on" in self.said() or self.process.poll() is not None, "the daemon to serve"
+        )
+        assert self.process.poll() is None, self.said()
+
+    def client(self, **arguments: Any) -> Client:
+        return Client(self.endpoint, **arguments)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def ranks(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def rss(self) -> int:
+        """Bytes of memory that the daemon and its ranks hold, shared memory counted once for each."""
+        return sum(process.memory_info().rss for process in [psutil.Process(self.process.pid), *self.ranks()])
+
+    def stop(self) -> int:
+        """As systemd stops it. Returns its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+
+
+def wait_for(condition: Callable[[], T], what: str, seconds: float = 60.0) -> T:
+    """Waits until the condition holds, looking every few milliseconds: for what sends no event."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds:g} s for {what}")
+        time.sleep(0.005)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
+    return f'"{value}"' if isinstance(value, (str, Path)) else str(value)
