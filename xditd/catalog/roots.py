@@ -234,9 +234,11 @@ def model_roots(
             ordered[kind] += [base / "models" / name for name in names]
         own = base / "extra_model_paths.yaml"
         try:
-            if own.is_file():
-                extras.insert(0, own)
-        except PermissionError as error:  # who must not look there would miss its folders without a word
+            os.stat(own)
+            extras.insert(0, own)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # most have none
+        except OSError as error:  # who must not look there would miss its folders without a word
             raise XditError(
                 Code.BAD_CONFIG, f"models.comfyui: user {user} cannot look into {base}: {error.strerror}."
             ) from error
