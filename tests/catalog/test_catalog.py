@@ -8,7 +8,8 @@ import time
 
 import msgspec
 import pytest
-from sparse_files import (
+
+from tests.catalog.sparse_files import (
     FLUX_DEV,
     FLUX_VAE,
     SDXL_VAE,
@@ -19,7 +20,6 @@ from sparse_files import (
     write_flux,
     write_vae,
 )
-
 from xditd.catalog import catalog as catalog_module
 from xditd.catalog.catalog import Catalog
 from xditd.catalog.families import autoencoder_kl, flux

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_files import (
+
+from tests.catalog.sparse_files import (
     FLUX_DEV,
     FLUX_SCHNELL,
     FLUX_VAE,
@@ -18,7 +19,6 @@ from sparse_files import (
     write_flux,
     write_vae,
 )
-
 from xditd.catalog.detection import PREFIXES, recognise
 from xditd.catalog.families import FAMILIES, autoencoder_kl, family, flux
 from xditd.catalog.families.known import LOOKALIKES, OTHERS

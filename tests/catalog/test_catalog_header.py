@@ -13,8 +13,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_files import FLUX_DEV, entries, write, write_flux, write_text
 
+from tests.catalog.sparse_files import FLUX_DEV, entries, write, write_flux, write_text
 from xditd.catalog.header import MAX_HEADER, parse_header, read_header
 from xditd.protocol.errors import Code, XditError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from sparse_files import FLUX_DEV, FLUX_VAE
 
+from tests.catalog.sparse_files import FLUX_DEV, FLUX_VAE
 from xditd.catalog.families import family
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample

@@ -10,8 +10,8 @@ import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from structs import instances, plain
 
+from tests.protocol.structs import instances, plain
 from xditd.protocol import codec, messages, orders
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.tensors import Tensor

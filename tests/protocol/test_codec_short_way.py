@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structs import instances
 
+from tests.protocol.structs import instances
 from xditd.protocol import codec
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o

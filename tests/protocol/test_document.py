@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgpack
 import msgspec
 import pytest
-from document import PATH, fields_of, name_of, read
 
+from tests.protocol.document import PATH, fields_of, name_of, read
 from xditd.catalog.families import FAMILIES, inputs
 from xditd.daemon import states
 from xditd.daemon.clients import CAPABILITIES
@@ -15,6 +15,7 @@ from xditd.protocol import codec, messages, tensors
 from xditd.protocol.errors import Code
 
 TEXT = PATH.read_text(encoding="utf-8")
+FLAT = " ".join(TEXT.split())
 SECTIONS = read(TEXT)
 
 RECORDS = (records.Leased, records.Segment, records.Grow, records.Refused)
@@ -84,18 +85,18 @@ def test_the_limits_are_those_of_the_codec():
         "entries of an array": codec._LIMITS["max_array_len"],
         "entries of a map": codec._LIMITS["max_map_len"],
     }
-    assert f"at most {records.MAX_RECORD} bytes" in TEXT
-    assert f"multiple of {tensors.ALIGNMENT} bytes" in TEXT
+    assert f"at most {records.MAX_RECORD} bytes" in FLAT
+    assert f"multiple of {tensors.ALIGNMENT} bytes" in FLAT
 
 
 def test_versions_dtypes_samplers_capabilities_and_states_are_those_of_the_code():
     assert TEXT.startswith(f"# The xditd protocol, version {messages.VERSION}\n")
     assert SECTIONS["13. History"].rows[-1]["version"] == str(messages.VERSION)
-    assert f"this exchange: {records.VERSION} " in TEXT
+    assert f"this exchange: {records.VERSION} " in FLAT
     spelled = [f"`{name}`" for name in tensors.ITEMSIZE]
-    assert f"The dtypes that travel: {', '.join(spelled)}." in TEXT
-    assert f"of these names: {', '.join(f'`{name}`' for name in inputs.SAMPLERS)}." in TEXT
-    assert f"Capabilities of this version: {', '.join(f'`{name}`' for name in CAPABILITIES)}." in TEXT
+    assert f"The dtypes that travel: {', '.join(spelled)}." in FLAT
+    assert f"of these names: {', '.join(f'`{name}`' for name in inputs.SAMPLERS)}." in FLAT
+    assert f"Capabilities of this version: {', '.join(f'`{name}`' for name in CAPABILITIES)}." in FLAT
     life = " ".join(SECTIONS["10. The life of a run"].text)
     for table in (states.RUN, states.GROUP, states.DAEMON):
         for state in {state for state, _ in table} | set(table.values()):
