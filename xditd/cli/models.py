@@ -90,9 +90,9 @@ def show_models(console: Console, answer: ModelList) -> None:
     else:
         console.print(f"{words.WARNING} No model that the daemon can load.")
     for skipped in answer.skipped:
-        console.print(
-            f"{words.WARNING} {skipped.kind}/{skipped.name}: {skipped.message}", style="yellow", markup=False
-        )
+        name = f"{skipped.kind}/{skipped.name}"
+        text = skipped.message if name in skipped.message else f"{name}: {skipped.message}"
+        console.print(f"{words.WARNING} {text}", style="yellow", markup=False)
     if answer.more:
         console.print(f"{words.WARNING} {answer.more} more; name a kind to see fewer at once.")
     if not answer.models:

@@ -90,8 +90,7 @@ def judge_status(report: StatusReport) -> Check:
 
 
 def judge_models(answer: ModelList) -> Check:
-    roots = words.joined(answer.roots) or "no folder"
-    found = f"{words.plural(len(answer.models), 'file')} in {roots}"
+    found = f"{words.plural(len(answer.models), 'model')} in {words.plural(len(answer.roots), 'folder')}"
     if not answer.roots:
         return failed(
             "models", "no folder is configured", "Set [models] comfyui, or `xditd serve --models FOLDER`."
