@@ -27,7 +27,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def network(ranks: Ranks):
-    torch.set_num_threads(1)
     return load("flux", ranks.specs[0].path, "transformer", CPU, torch.bfloat16)
 
 

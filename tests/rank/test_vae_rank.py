@@ -26,7 +26,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def plain(ranks: Ranks) -> AutoencoderKL:
-    torch.set_num_threads(1)
     facts = vae_facts()
     module = AutoencoderKL(**config(facts))
     fill(module, keys.pieces(facts), WeightFile(ranks.specs[0].path), torch.device("cpu"), torch.float32)

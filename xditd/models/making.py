@@ -164,7 +164,7 @@ def make_models(folder: str | os.PathLike[str]) -> list[Path]:
     return [
         make_flux(root / "diffusion_models" / "flux-dev-small.safetensors"),
         make_flux(root / "diffusion_models" / "flux-schnell-small.safetensors", guidance=False, seed=1),
-        make_vae(root / "vae" / "ae-small.safetensors", dtype=torch.bfloat16, seed=2),
+        make_vae(root / "vae" / "ae-small.safetensors", seed=2),
         make_checkpoint(root / "checkpoints" / "flux-dev-small-all-in-one.safetensors", seed=3),
     ]
 

@@ -13,14 +13,14 @@ from typing import Any
 import zmq
 from msgspec import Struct, structs
 
+from xditd.handoff.lane import Lane
 from xditd.protocol import orders
-from xditd.protocol.codec import decode, encode
+from xditd.protocol.codec import encode
 from xditd.protocol.errors import Code, XditError
 from xditd.rank.answers import Answer, Worker
 from xditd.rank.failures import explain, is_refusal
 from xditd.rank.faults import Faults
-
-TURNS = (orders.TurnDenoise, orders.TurnSample, orders.TurnDecode, orders.TurnEncode)
+from xditd.rank.inbox import Inbox
 
 
 class Loop:
@@ -28,15 +28,23 @@ class Loop:
 
     Args:
         socket: the DEALER that is connected to the daemon.
+        lane: the shortcut for turns, where there is one.
         spec: of this rank.
         worker: that does the orders.
         faults: that a test asked for.
     """
 
     def __init__(
-        self, socket: zmq.Socket[bytes], spec: orders.RankSpec, worker: Worker, faults: Faults
+        self,
+        socket: zmq.Socket[bytes],
+        lane: Lane | None,
+        spec: orders.RankSpec,
+        worker: Worker,
+        faults: Faults,
     ) -> None:
         self._socket = socket
+        self._lane = lane
+        self._inbox = Inbox(socket, lane)
         self._spec = spec
         self._worker = worker
         self._faults = faults
@@ -50,12 +58,11 @@ class Loop:
         """
         while True:
             # Idle ranks wait here and in no collective: those time out, and block a rank that is to leave.
-            header, *frames = self._socket.recv_multipart(copy=False)
-            order = decode(header.buffer, orders.Order, orders.ORDERS)
+            order, frames = self._inbox.next()
             if isinstance(order, orders.Leave):
                 return 0
             try:
-                if isinstance(order, TURNS):
+                if isinstance(order, orders.TURNS):
                     self._turn(order, frames)
                 else:
                     self._do(order, frames)
@@ -78,7 +85,8 @@ class Loop:
                 preview=answer.preview,
                 device_memory=self._worker.device_memory(),
             )
-            report(self._socket, done, answer.frames)
+            if answer.frames or self._lane is None or not self._lane.send(encode(done)):
+                report(self._socket, done, answer.frames)
 
     def _do(self, order: Any, frames: list[Any]) -> Any:
         handler = self._worker.handlers.get(type(order))
@@ -95,7 +103,7 @@ class Loop:
         told = failed(self._spec.rank, error, getattr(order, "order", None), alive=False)
         traceback.clear_frames(error.__traceback__)  # they hold tensors, perhaps all that memory lacked
         alive = is_refusal(error) or (self._spec.world == 1 and self._worker.usable())
-        if alive and not isinstance(order, TURNS) and hasattr(order, "run"):
+        if alive and not isinstance(order, orders.TURNS) and hasattr(order, "run"):
             self._owed[order.run] = error
             return True
         if alive and self._spec.rank != 0:

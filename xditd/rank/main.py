@@ -12,6 +12,7 @@ import traceback
 import msgspec
 import zmq
 
+from xditd.handoff.lane import Lane
 from xditd.protocol.orders import RankPhase, RankReady, RankSpec
 from xditd.rank.faults import Faults
 from xditd.rank.loading import load
@@ -80,7 +81,8 @@ def _serve(spec: RankSpec, socket: zmq.Socket[bytes], begun: float) -> int:
             attention=worker.attention,
         ),
     )
-    return Loop(socket, spec, worker, faults).serve()
+    lane = Lane(spec.lane_fd) if spec.lane_fd >= 0 else None
+    return Loop(socket, lane, spec, worker, faults).serve()
 
 
 def _die_with(parent: int) -> bool:
