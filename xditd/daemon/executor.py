@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from xditd.handoff.lane import Lane, pair
 from xditd.protocol.orders import RankSpec
 
 log = logging.getLogger("xditd.rank")
@@ -29,27 +30,33 @@ LAST_LINES = 20
 
 @dataclass(slots=True)
 class Process:
-    """One rank process. `arena` is the socket on which rank 0 gets segments' descriptors."""
+    """One rank process. `arena` is the socket on which rank 0 gets segments' descriptors, `lane` the way of its turns."""
 
     group: str
     rank: int
     popen: subprocess.Popen[bytes]
     pidfd: int
     arena: socket.socket | None
+    lane: Lane
     output: int  # descriptor of its stdout and stderr
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     rest: bytes = b""  # of a line that has not ended
+    ordered: int = 0  # orders that were sent to it by ZeroMQ
 
 
 Gone = Callable[[str, int, int, str], None]
 """Called with (group, rank, pid, how it ended) once for every process."""
 
+Heard = Callable[[str, int, int, bytes], None]
+"""Called with (group, rank, pid, header) for every report that comes by a lane."""
+
 
 class LocalExecutor:
     """The rank processes of this daemon, by (group, rank)."""
 
-    def __init__(self, gone: Gone) -> None:
+    def __init__(self, gone: Gone, heard: Heard) -> None:
         self.gone = gone
+        self.heard = heard
         self.processes: dict[tuple[str, int], Process] = {}
         self._loop = asyncio.get_running_loop()
 
@@ -59,16 +66,19 @@ class LocalExecutor:
         if spec.rank == 0:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             spec = msgspec.structs.replace(spec, arena_fd=theirs.fileno())
+        lane, lane_fd = pair()
+        spec = msgspec.structs.replace(spec, lane_fd=lane_fd)
         reader, writer = os.pipe()
         popen = subprocess.Popen(
             [sys.executable, "-m", "xditd.rank"],
             stdin=subprocess.PIPE,
             stdout=writer,
             stderr=writer,
-            pass_fds=(theirs.fileno(),) if theirs is not None else (),
+            pass_fds=(lane_fd, theirs.fileno()) if theirs is not None else (lane_fd,),
             env={**os.environ, **environment},
         )
         os.close(writer)
+        os.close(lane_fd)
         if theirs is not None:
             theirs.close()
         assert popen.stdin is not None
@@ -78,9 +88,10 @@ class LocalExecutor:
         except BrokenPipeError:
             pass  # it is dead already: its pidfd will say so
         os.set_blocking(reader, False)
-        process = Process(spec.group, spec.rank, popen, os.pidfd_open(popen.pid), ours, reader)
+        process = Process(spec.group, spec.rank, popen, os.pidfd_open(popen.pid), ours, lane, reader)
         self.processes[spec.group, spec.rank] = process
         self._loop.add_reader(process.pidfd, self._ended, process)
+        self._loop.add_reader(lane.fileno(), self._hear, process)
         self._loop.add_reader(reader, self._read_output, process)
         return process
 
@@ -118,11 +129,22 @@ class LocalExecutor:
         self._read_output(process)
         self._loop.remove_reader(process.output)
         os.close(process.output)
+        self._hear(process)
+        self._loop.remove_reader(process.lane.fileno())
+        process.lane.close()
         if process.arena is not None:
             process.arena.close()
         code = process.popen.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         self.gone(process.group, process.rank, process.popen.pid, how)
+
+    def _hear(self, process: Process) -> None:
+        """A report has come, or the rank's end of the lane is closed: its pidfd will say why."""
+        header = process.lane.receive()
+        if header:
+            self.heard(process.group, process.rank, process.popen.pid, header)
+        elif header is not None:
+            self._loop.remove_reader(process.lane.fileno())
 
     def _read_output(self, process: Process) -> None:
         """A rank's lines become ours, with its name on them."""

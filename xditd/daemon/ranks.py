@@ -49,7 +49,7 @@ class Ranks:
         self.runtime = runtime
         self.config = config
         self.arena_of = arena_of
-        self.executor = LocalExecutor(self._gone)
+        self.executor = LocalExecutor(self._gone, self._heard)
         self._passed: dict[str, set[int]] = {}  # group → segments that its rank 0 has
         self._wire = Wire(context, f"ipc://{runtime}/ranks.sock", self._receive, SNDHWM=0, RCVHWM=0)
 
@@ -82,9 +82,16 @@ class Ranks:
             log.error("%s", error.message, extra={"group": group.name, "code": error.code})
             self.executor.kill(group.name)
             return
+        quick = isinstance(order, o.TURNS) and not frames
         for rank in range(len(group.ranks)):
+            process = self.executor.processes.get((group.name, rank))
+            if process is None:
+                continue  # it is dead, and the dispatcher about to hear of it
+            if quick and process.lane.send(o.AFTER.pack(process.ordered) + header):
+                continue
             # A rank that cannot be reached is dead, and its pidfd is about to say so.
             self._wire.send(_identity(group, rank), header, frames if rank == 0 else ())
+            process.ordered += 1
 
     def kill(self, group: Group) -> None:
         if group.problem:
@@ -114,6 +121,14 @@ class Ranks:
         group = self.dispatcher.fleet.groups.get(name)
         if group is None or group.generation != int(generation):
             return  # a late word of a dead generation
+        self._report(group, int(rank), header, frames)
+
+    def _heard(self, name: str, rank: int, pid: int, header: bytes) -> None:
+        group = self.dispatcher.fleet.groups.get(name)
+        if group is not None and group.ranks[rank].pid == pid:
+            self._report(group, rank, header, ())
+
+    def _report(self, group: Group, rank: int, header: bytes, frames: Sequence[Any]) -> None:
         report = codec.decode(header, o.Report, o.REPORTS)
         now = time.monotonic()
         if isinstance(report, o.TurnDone):
@@ -123,12 +138,14 @@ class Ranks:
         elif isinstance(report, o.RankReady):
             self.dispatcher.fleet.rank_ready(group, report, now)
             if group.state == "ready":
-                extra = {"group": name, "generation": group.generation, "done": True}
+                extra = {"group": group.name, "generation": group.generation, "done": True}
                 log.info("%s is ready after %.1f s.", group.ref.name, group.ready_after or 0.0, extra=extra)
         else:
-            extra = {"group": name, "rank": int(rank), "code": report.code}
+            extra = {"group": group.name, "rank": rank, "code": report.code}
             log.error("%s\n%s", report.message, report.traceback, extra=extra)
-            self.executor.reap(name)  # a rank complains of a peer that died: it is the death that counts
+            self.executor.reap(
+                group.name
+            )  # a rank complains of a peer that died: it is the death that counts
             self.dispatcher.rank_failed(group, report, now)
 
     def _gone(self, name: str, rank: int, pid: int, how: str) -> None:

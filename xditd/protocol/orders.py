@@ -7,6 +7,7 @@ a group has at most one turn under way. Only rank 0 reads a client's bytes, broa
 
 from __future__ import annotations
 
+import struct
 from typing import Union
 
 from msgspec import Struct, field
@@ -34,6 +35,7 @@ class RankSpec(Struct, frozen=True, kw_only=True):
     variant: str
     dtype: str  # compute dtype
     arena_fd: int = -1  # rank 0: the socket that segments' descriptors come by
+    lane_fd: int = -1  # a shortcut for turns (`handoff.lane`); without it they come by ZeroMQ like all orders
     threads: int = 0  # of a CPU rank; 0 leaves torch's choice
     compile: bool = False  # regional torch.compile
     options: dict[str, str] = field(default_factory=dict)  # of tests and benchmarks
@@ -121,6 +123,11 @@ Order = Union[
     Leave,
 ]
 ORDERS = tags(Order)
+
+TURNS = (TurnDenoise, TurnSample, TurnDecode, TurnEncode)
+
+AFTER = struct.Struct("<Q")
+"""Before an order on a lane: how many orders come before it by ZeroMQ, counted from the rank's start."""
 
 
 # --------------------------------------------------------------------------------------------------- reports
