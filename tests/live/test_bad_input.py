@@ -253,3 +253,23 @@ def test_configuration_that_cannot_be_ends_with_78(tmp_path: Path) -> None:
     )
     assert ended.returncode == 78
     assert "cpu_ranks" in ended.stderr
+
+
+def test_a_client_without_shared_memory_cannot_make_the_daemon_keep_everything(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "debug.echo": True,
+        "devices.kind": "cpu",
+        "arena.first_bytes": "1MiB",
+        "arena.per_client_bytes": "1MiB",
+        "arena.total_bytes": "1MiB",
+    }
+    service = Service(tmp_path, settings)
+    half = torch.zeros(1, 150_000)
+    with service.client(shared_memory=False) as client, client.open_run("echo/echo") as run:
+        run.put_conditioning("a", {"context": half})
+        assert refused(run.put_conditioning, "b", {"context": half}) == "arena_exhausted"
+        (x,) = run.denoise([(half, 1.0, "a")])
+        assert torch.equal(x, half)
+    assert service.stop() == 0

@@ -18,7 +18,7 @@ from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.ports import ClientPort, RankPort
 from xditd.daemon.runs import MAX_REBINDS, Asked, Key, Run, Work
 from xditd.daemon.turns import Turns
-from xditd.daemon.work import answer, begin, failed, progress, spell, turn
+from xditd.daemon.work import alone, answer, begin, failed, progress, spell, turn
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code, XditError
@@ -259,15 +259,17 @@ class Dispatcher:
         run.touched = group.used = now
         for message, frames in run.conditioning.values():
             self._pass_conditioning(run, message, frames)
-        if not run.announced:
+        first = not run.announced
+        if first:
             run.announced = True
             info, plan = run.found.info, group.key.plan
             opened = m.RunOpened(re=run.reopen, run=run.id, group=group.name, plan=plan, model=info)
             self.clients.answer(run.peer, opened)
         if run.asked is not None:
-            why = f"its group {group.name} died and was started again"
-            event = m.Rebound(re=run.asked.work.id, run=run.id, group=group.name, reason=why)
-            self.clients.answer(run.peer, event)
+            if not first:
+                why = f"its group {group.name} died and was started again"
+                event = m.Rebound(re=run.asked.work.id, run=run.id, group=group.name, reason=why)
+                self.clients.answer(run.peer, event)
             run.asked.begin_anew()
             run.go("ask")
             self.turns.ask(run.id)
@@ -352,14 +354,12 @@ class Dispatcher:
         asked.seconds += report.seconds
         finished = asked.step == asked.turns
         if isinstance(asked.work, m.Sample):
-            inline = report.preview is not None and report.preview.frame is not None
-            self.clients.answer(
-                run.peer, progress(run.id, asked, asked.work, report), frames if inline else ()
-            )
+            preview, shown = alone(report.preview, frames) if report.preview is not None else (None, ())
+            self.clients.answer(run.peer, progress(run.id, asked, asked.work, preview), shown)
         if finished:
             run.asked = None
             run.go("answer")
-            self.clients.answer(run.peer, answer(asked, report), frames)
+            self.clients.answer(run.peer, *answer(asked, report, frames))
         else:
             self.turns.ask(run.id)
 

@@ -30,6 +30,9 @@ from xditd.protocol.errors import Code, XditError
 
 log = logging.getLogger("xditd.requests")
 
+MAX_CONDITIONINGS = 256
+"""Conditionings of one run."""
+
 
 class Requests:
     """The requests that need no socket: models, groups, runs. The server answers Hello and Status itself."""
@@ -44,12 +47,14 @@ class Requests:
         dtype: str = "",
         reserve_memory: int = 0,
         runs_per_client: int = 16,
+        frame_bytes_per_client: int = 4 << 30,
         stop: Callable[[], None],
     ) -> None:
         """
         Args:
             dtype: compute dtype where a request names none; "" is the file's own on a GPU, float32 on a CPU.
             reserve_memory: bytes of each GPU that are not ours.
+            frame_bytes_per_client: that the daemon keeps for the runs of a client without shared memory.
             stop: ends the daemon, after a Drain that asks for it.
         """
         self.clients = clients
@@ -59,6 +64,7 @@ class Requests:
         self.dtype = dtype
         self.reserve_memory = reserve_memory
         self.runs_per_client = runs_per_client
+        self.frame_bytes_per_client = frame_bytes_per_client
         self.stop = stop
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[int, list[tuple[bytes, Struct]]] = {}  # run → answers due when it has ended
@@ -84,6 +90,7 @@ class Requests:
                 family(run.found.info.family).check_conditioning(
                     run.found.info, message.tensors, message.values
                 )
+                self._check_room(run, message.key, frames)
                 self.dispatcher.put(run, message, frames, now)
             case m.Denoise() | m.Sample() | m.Decode() | m.Encode():
                 run = self._run(session, message.run)
@@ -211,6 +218,23 @@ class Requests:
                 Code.NO_SUCH_RUN, f"This connection has no run {number}; it has ended, or never was."
             )
         return run
+
+    def _check_room(self, run: Run, key: str, frames: Sequence[Any]) -> None:
+        """What a run was given is kept until it ends: refuses more of it than a client may have kept."""
+        if key not in run.conditioning and len(run.conditioning) >= MAX_CONDITIONINGS:
+            raise XditError(
+                Code.BAD_VALUE,
+                f"Run {run.id} has {MAX_CONDITIONINGS} conditionings, which is the limit; reuse a key.",
+            )
+        mine = [other for other in self.dispatcher.runs.values() if other.peer == run.peer]
+        kept = [part for other in mine for _, parts in other.conditioning.values() for part in parts]
+        total = sum(part.buffer.nbytes for part in (*kept, *frames))
+        if frames and total > self.frame_bytes_per_client:
+            raise XditError(
+                Code.ARENA_EXHAUSTED,
+                f"The conditionings of this connection come to {total} bytes, over the limit of "
+                f"{self.frame_bytes_per_client}; close a run, or raise arena.per_client_bytes.",
+            )
 
     def _when_ended(self, run: Run, peer: bytes, answer: Struct) -> None:
         self._ending.setdefault(run.id, []).append((peer, answer))

@@ -70,6 +70,7 @@ class Server:
             dtype=config.compute.dtype,
             reserve_memory=config.devices.reserve_memory,
             runs_per_client=config.limits.runs_per_client,
+            frame_bytes_per_client=config.arena.per_client_bytes,
             stop=stop,
         )
 

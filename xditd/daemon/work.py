@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import structs
+
 from xditd.daemon.runs import Asked
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code
+from xditd.protocol.tensors import Tensor
 
 Answer = m.Denoised | m.Sampled | m.Decoded | m.Encoded
 Turn = o.TurnDenoise | o.TurnSample | o.TurnDecode | o.TurnEncode
@@ -40,7 +46,14 @@ def turn(order: int, run: int, asked: Asked) -> Turn:
     return o.TurnEncode(order=order, run=run, image=work.image, out=work.out)
 
 
-def progress(run: int, asked: Asked, work: m.Sample, report: o.TurnDone) -> m.Progress:
+def alone(tensor: Tensor, frames: Sequence[Any]) -> tuple[Tensor, Sequence[Any]]:
+    """One of several outputs as a message of its own has it: with its frame, if it has one, and no other."""
+    if tensor.frame is None:
+        return tensor, ()
+    return structs.replace(tensor, frame=0), frames[tensor.frame : tensor.frame + 1]
+
+
+def progress(run: int, asked: Asked, work: m.Sample, preview: Tensor | None) -> m.Progress:
     """The event after a sample's turn."""
     return m.Progress(
         re=work.id,
@@ -48,21 +61,21 @@ def progress(run: int, asked: Asked, work: m.Sample, report: o.TurnDone) -> m.Pr
         step=asked.step,
         total=asked.turns,
         sigma=work.sigmas[asked.step],
-        preview=report.preview,
+        preview=preview,
     )
 
 
-def answer(asked: Asked, report: o.TurnDone) -> Answer:
-    """The answer after a request's last turn."""
+def answer(asked: Asked, report: o.TurnDone, frames: Sequence[Any]) -> tuple[Answer, Sequence[Any]]:
+    """The answer after a request's last turn, and its frames."""
     work, seconds = asked.work, asked.seconds
     if isinstance(work, m.Denoise):
-        return m.Denoised(re=work.id, outputs=report.outputs, seconds=seconds)
-    (output,) = report.outputs
+        return m.Denoised(re=work.id, outputs=report.outputs, seconds=seconds), frames
+    output, frames = alone(report.outputs[0], frames)
     if isinstance(work, m.Sample):
-        return m.Sampled(re=work.id, latent=output, steps=asked.turns, seconds=seconds)
+        return m.Sampled(re=work.id, latent=output, steps=asked.turns, seconds=seconds), frames
     if isinstance(work, m.Decode):
-        return m.Decoded(re=work.id, image=output, seconds=seconds)
-    return m.Encoded(re=work.id, latent=output, seconds=seconds)
+        return m.Decoded(re=work.id, image=output, seconds=seconds), frames
+    return m.Encoded(re=work.id, latent=output, seconds=seconds), frames
 
 
 def failed(request: int | None, code: Code | str, message: str) -> m.Failed:

@@ -291,7 +291,7 @@ class Cancel(Struct, frozen=True, kw_only=True, tag="cancel", tag_field="type"):
 
 
 class Close(Struct, frozen=True, kw_only=True, tag="close", tag_field="type"):
-    """End the run when it has nothing under way, and forget its conditioning."""
+    """End the run, after the step it may be in, and forget its conditioning."""
 
     id: Id
     run: Id
