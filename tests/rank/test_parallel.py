@@ -26,7 +26,11 @@ GUIDANCE = 3.5
 World = tuple[str, Ranks, Reference]
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (1, 2), (2, 2)], ids=["ulysses2", "ring2", "ulysses2×ring2"])
+# A ring of 3 as well: with 2, the block before and the block after are the same.
+WORLDS = {"ulysses2": (2, 1), "ring2": (1, 2), "ulysses2-ring2": (2, 2), "ring3": (1, 3)}
+
+
+@pytest.fixture(scope="module", params=WORLDS.values(), ids=WORLDS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     ulysses, ring = request.param
     folder: Path = tmp_path_factory.mktemp("w")
