@@ -19,6 +19,8 @@ FLAT = " ".join(TEXT.split())
 SECTIONS = read(TEXT)
 
 RECORDS = (records.Leased, records.Segment, records.Grow, records.Refused)
+BARE = (records.OpenLane, records.LaneOpened)
+"""Records without fields."""
 TAGGED = (*messages.Request.__args__, *messages.Reply.__args__, *RECORDS)
 STRUCTURES = tuple(
     thing
@@ -44,6 +46,12 @@ def test_every_field_is_there_with_its_type_and_default(name):
 @pytest.mark.parametrize("name", STRUCTS)
 def test_every_field_has_a_meaning(name):
     assert all(row["meaning"] for row in TABLES[name].rows)
+
+
+@pytest.mark.parametrize("record", BARE)
+def test_a_record_without_fields_has_a_section_too(record):
+    assert "No fields." in " ".join(SECTIONS[name_of(record)].text)
+    assert not fields_of(record)
 
 
 def test_the_document_has_no_table_that_the_code_has_not():

@@ -1,4 +1,4 @@
-"""A channel: the descriptors of one connection, ZeroMQ's among them. It knows no messages, no requests and no lock.
+"""A channel: the descriptors of one connection, ZeroMQ's and a lane's among them. It knows no messages, no requests and no lock.
 
 Its owner calls everything but `poll` and `poll_messages` with a lock held. ZeroMQ's descriptor is edge-triggered:
 any call may swallow the edge that announced a message, so after a `send` as after a `poll` the owner calls `receive`
@@ -17,6 +17,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from xditd.handoff.lane import Lane
 from xditd.handoff.lease import Lease
 from xditd.protocol import codec
 from xditd.protocol.endpoints import Endpoint
@@ -40,6 +41,7 @@ class Channel:
 
     def __init__(self, context: zmq.Context[Any], endpoint: Endpoint, lease: Lease | None) -> None:
         self._lease = lease
+        self._lane: Lane | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._close_wake = weakref.finalize(self, os.close, self._wake)
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -67,12 +69,22 @@ class Channel:
             self.close()
             raise XditError(Code.BAD_VALUE, f"{endpoint} is no endpoint: {error.strerror}.") from error
 
-    def send(self, header: bytes, frames: Sequence[Any] = ()) -> None:
+    def take(self, lane: Lane) -> None:
+        """Uses a lane from now on, for messages that are sent by it and for their answers."""
+        self._lane = lane
+        self._poll.register(lane.fileno(), select.POLLIN)
+
+    def send(self, header: bytes, frames: Sequence[Any] = (), *, by_lane: bool = False) -> None:
         """Sends a message at once; frames are not copied and must stay as they are.
+
+        Args:
+            by_lane: by the lane, if there is one and it has room.
 
         Raises:
             XditError: `timeout` where the other end takes no more.
         """
+        if by_lane and self._lane is not None and not frames and self._lane.send(header):
+            return
         try:
             if frames:
                 self._socket.send_multipart([header, *frames], zmq.NOBLOCK, copy=False)
@@ -83,6 +95,12 @@ class Channel:
 
     def receive(self) -> tuple[bytes, list[Any]] | None:
         """The next message that has come: its header and its frames; or None."""
+        if self._lane is not None:
+            said = self._lane.receive()
+            if said:
+                return said, []
+            if said is not None:  # the daemon has closed it: it ends, or ends this connection
+                self._close_lane()
         socket = self._socket
         if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return None
@@ -137,4 +155,11 @@ class Channel:
             self._socket.disable_monitor()
             self._monitor.close(0)
         self._socket.close()
+        self._close_lane()
         self._close_wake()
+
+    def _close_lane(self) -> None:
+        if self._lane is not None:
+            self._poll.unregister(self._lane.fileno())
+            self._lane.close()
+            self._lane = None

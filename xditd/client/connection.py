@@ -36,6 +36,10 @@ Hear = Callable[[Any, "list[Any]"], None]
 TICK = 0.02
 """Seconds between two looks at whether a wait is to be interrupted."""
 
+BY_LANE = (m.PutConditioning, m.Denoise, m.Decode, m.Encode)
+"""Requests that take the lane: those of a step, with one answer and hardly an event. Of one run they must not overtake
+each other, so all of them do."""
+
 _LAST_WORDS = 0.05
 """Seconds that answers may still take to come out of ZeroMQ when the daemon's end of file is there already."""
 
@@ -79,6 +83,13 @@ class Connection:
         token = self.arena.lease.token if self.arena is not None else ""
         fields = {"versions": m.VERSIONS, "client": name, "pid": os.getpid(), "token": token}
         self.welcome, _ = self.ask(m.Hello, fields, timeout=timeout, interrupt=interrupt)
+        if self.arena is not None and "lane" in self.welcome.capabilities:
+            try:
+                self._channel.take(self.arena.lease.open_lane())
+            except XditError as error:
+                if error.code != Code.ARENA_EXHAUSTED:
+                    raise
+                log.info("Steps go by ZeroMQ: %s", error.message)  # the daemon has no descriptors left
 
     @property
     def alive(self) -> bool:
@@ -125,7 +136,8 @@ class Connection:
             request = Request(self._last_id, kind, parcel)
             try:
                 header = codec.encode(kind(id=request.id, **fields))
-                self._channel.send(header, parcel.frames if parcel is not None else ())
+                frames = parcel.frames if parcel is not None else ()
+                self._channel.send(header, frames, by_lane=kind in BY_LANE)
             except BaseException:
                 _release(parcel)
                 raise

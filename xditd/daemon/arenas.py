@@ -1,7 +1,7 @@
 """Arenas: the shared memory of every client, from the daemon's side. It touches no tensor bytes and maps nothing.
 
-Each connection to the arena socket is a lease: it opens with a token and a first segment, may grow, and its end of
-file frees all of it. The server claims a lease when its token comes in a `Hello`, and passes its segments to ranks.
+Each connection to the arena socket is a lease: it opens with a token and a first segment, may grow and be given a
+lane, and its end of file frees all of it. The server claims a lease when its token comes in a `Hello`, and passes its segments to ranks.
 It knows no runs and no ZeroMQ.
 """
 
@@ -22,6 +22,7 @@ import struct
 from collections.abc import Callable
 
 from xditd.handoff import passing, records, segments
+from xditd.handoff.lane import Lane, pair
 from xditd.protocol.errors import Code, XditError
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Arena:
         segments: bytes of each segment by its id; still readable when the lease has ended.
     """
 
-    __slots__ = ("_fds", "_sock", "claimed", "growing", "pid", "segments", "token", "uid")
+    __slots__ = ("_fds", "_sock", "claimed", "growing", "has_lane", "pid", "segments", "token", "uid")
 
     def __init__(self, sock: socket.socket, pid: int, uid: int) -> None:
         self.token = secrets.token_hex(16)
@@ -47,6 +48,7 @@ class Arena:
         self.uid = uid
         self.segments: dict[int, int] = {}
         self.claimed = False
+        self.has_lane = False
         self.growing: asyncio.Task[None] | None = None
         self._fds: dict[int, int] = {}
         self._sock = sock
@@ -81,7 +83,9 @@ class Arenas:
         first_bytes: of the segment that a lease opens with, and the least that it grows by while its budget allows.
         on_gone: called with the token, exactly once, when a claimed lease ended by itself. Not for a lease that
             nobody claimed, nor after `release` or `close`.
-        max_descriptors: at most, of all arenas: connections and segments; 0 is half of what the process may open.
+        max_descriptors: at most, of all arenas: connections, segments and lanes; 0 is half of what the process may
+            open.
+        on_lane: called with the token and our end of its lane, which the callee closes; None gives no lanes.
     """
 
     def __init__(
@@ -92,12 +96,14 @@ class Arenas:
         first_bytes: int,
         on_gone: Callable[[str], None],
         max_descriptors: int = 0,
+        on_lane: Callable[[str, Lane], None] | None = None,
     ) -> None:
         self._path = path
         self._per_client = per_client_bytes
         self._total = total_bytes
         self._first = _pages(first_bytes)
         self._on_gone = on_gone
+        self._on_lane = on_lane
         self._max_descriptors = max_descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self._ids = itertools.count(1)
         self._arenas: dict[str, Arena] = {}
@@ -269,15 +275,46 @@ class Arenas:
         try:
             if len(raw) > records.MAX_RECORD:
                 raise XditError(Code.TOO_LARGE, f"A record is over the limit of {records.MAX_RECORD} bytes.")
-            grow: records.Grow = passing.codec.decode(raw, records.Grow, passing.codec.tags(records.Grow))
+            asked = passing.codec.decode(raw, records.ToDaemon, passing.codec.tags(records.ToDaemon))
         except XditError as error:
             log.warning("Process %d (uid %d) broke the arena exchange: %s", arena.pid, arena.uid, error)
             _refuse(arena._sock, error)
             self._end(arena, told=True)
             return
+        if isinstance(asked, records.OpenLane):
+            self._open_lane(arena)
+            return
         # One at a time: its connection is read again when this is answered.
         asyncio.get_running_loop().remove_reader(arena._sock.fileno())
-        arena.growing = asyncio.create_task(self._grow(arena, grow.nbytes))
+        arena.growing = asyncio.create_task(self._grow(arena, asked.nbytes))
+
+    def _open_lane(self, arena: Arena) -> None:
+        theirs = -1
+        try:
+            if not arena.claimed or arena.has_lane or self._on_lane is None:
+                raise XditError(
+                    Code.NOT_PERMITTED, "A lane is for a client that has said hello, and it gets one."
+                )
+            if self._descriptors + 2 > self._max_descriptors:
+                raise _no_descriptors()
+            try:
+                lane, theirs = pair()
+            except OSError as error:
+                raise _no_descriptors() from error
+            arena.has_lane = True
+            self._descriptors += 1
+            passing.send(arena._sock, records.LaneOpened(), theirs)
+            self._on_lane(arena.token, lane)
+        except XditError as error:
+            if not _refuse(arena._sock, error):
+                self._end(arena, told=True)
+        except OSError as error:
+            log.info("Process %d did not take its lane: %s.", arena.pid, error.strerror)
+            lane.close()
+            self._end(arena, told=True)
+        finally:
+            if theirs >= 0:
+                os.close(theirs)
 
     # ------------------------------------------------------------------------------------------------ segments
 
@@ -367,7 +404,7 @@ class Arenas:
             return
         asyncio.get_running_loop().remove_reader(arena._sock.fileno())
         arena._sock.close()
-        self._descriptors -= 1
+        self._descriptors -= 1 + arena.has_lane
         for segment_id, fd in arena._fds.items():
             os.close(fd)
             self._give_back(arena.segments[segment_id])

@@ -6,6 +6,7 @@ end of file of its lease; one without shared memory is forgotten when it holds n
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import resource
@@ -22,6 +23,7 @@ from xditd.daemon.config import Config
 from xditd.daemon.session import Session
 from xditd.daemon.wire import Wire
 from xditd.daemon.work import failed, spell
+from xditd.handoff.lane import Lane
 from xditd.protocol import codec
 from xditd.protocol import messages as m
 from xditd.protocol.endpoints import Endpoint
@@ -29,7 +31,7 @@ from xditd.protocol.errors import Code, XditError
 
 log = logging.getLogger("xditd.clients")
 
-CAPABILITIES = ("flux", "autoencoder_kl", "ulysses", "ring", "sample", "frames", "shared_memory")
+CAPABILITIES = ("flux", "autoencoder_kl", "ulysses", "ring", "sample", "frames", "shared_memory", "lane")
 """What a client may count on, beyond the protocol's version."""
 
 PRELOAD = b"preload"
@@ -67,6 +69,7 @@ class Clients:
                 total_bytes=config.arena.total_bytes,
                 first_bytes=config.arena.first_bytes,
                 on_gone=self._lease_ended,
+                on_lane=self._lane_opened,
             )
         self._wire = Wire(
             context,
@@ -94,7 +97,10 @@ class Clients:
             if isinstance(reply, m.Failed):
                 log.error("A model to preload is not there: %s", reply.message, extra={"code": reply.code})
             return
-        if not self._wire.send(peer, codec.encode(reply), frames) and peer in self.sessions:
+        session, header = self.sessions.get(peer), codec.encode(reply)
+        if session is not None and not frames and session.answer_by_lane(reply, header):
+            return
+        if not self._wire.send(peer, header, frames) and peer in self.sessions:
             self._disconnect(self.sessions[peer], "gone, or too slow to take its answers")
 
     def forget_quiet(self, holding: set[bytes], now: float) -> None:
@@ -113,7 +119,9 @@ class Clients:
             log.warning("%d of %d file descriptors are in use: %s.", used, limit, _DOOR[wanted])
             self._wire.listen(wanted)
 
-    def _receive(self, peer: bytes, header: bytes, frames: list[zmq.Frame]) -> None:
+    def _receive(
+        self, peer: bytes, header: bytes, frames: Sequence[zmq.Frame], *, by_lane: bool = False
+    ) -> None:
         request: int | None = None
         try:
             if len(frames) > codec.MAX_FRAMES:
@@ -125,7 +133,7 @@ class Clients:
             session = self.sessions.get(peer)
             if session is None:
                 self._hello(peer, message)
-            elif session.is_new(message.id):
+            elif session.is_new(message.id, by_lane=by_lane):
                 session.heard = time.monotonic()
                 session.check(message, [frame.buffer.nbytes for frame in frames])
                 self.handle(session, message, frames)
@@ -193,14 +201,41 @@ class Clients:
         return self.arenas.claim(token)
 
     def _lease_ended(self, token: str) -> None:
-        for session in list(self.sessions.values()):
-            if session.arena is not None and session.arena.token == token:
-                self._disconnect(session, "disconnected")
+        session = self._session_of(token)
+        if session is not None:
+            self._disconnect(session, "disconnected")
+
+    def _lane_opened(self, token: str, lane: Lane) -> None:
+        session = self._session_of(token)
+        if session is None:
+            lane.close()
+            return
+        session.lane = lane
+        asyncio.get_running_loop().add_reader(lane.fileno(), self._hear, session, lane)
+
+    def _hear(self, session: Session, lane: Lane) -> None:
+        """A request has come by the lane, or the client has closed its end of it."""
+        header = lane.receive()
+        if header:
+            self._receive(session.peer, header, (), by_lane=True)
+        elif header is not None:
+            self._close_lane(session)
+
+    def _close_lane(self, session: Session) -> None:
+        if session.lane is not None:
+            asyncio.get_running_loop().remove_reader(session.lane.fileno())
+            session.lane.close()
+            session.lane = None
+
+    def _session_of(self, token: str) -> Session | None:
+        sessions = self.sessions.values()
+        return next((s for s in sessions if s.arena is not None and s.arena.token == token), None)
 
     def _disconnect(self, session: Session, how: str) -> None:
         if self.sessions.pop(session.peer, None) is None:
             return
         session.alive = False
+        self._close_lane(session)
         log.info("%s.", how.capitalize(), extra={"client": session.name, "pid": session.pid})
         arena = session.arena
         self.gone(session.peer, tuple(arena.segments) if arena is not None else ())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec import Struct
 
 from xditd.daemon.arenas import Arena
+from xditd.handoff.lane import Lane
 from xditd.protocol import messages as m
 from xditd.protocol import tensors
 from xditd.protocol.errors import Code, XditError
@@ -16,7 +17,10 @@ from xditd.protocol.tensors import Tensor
 
 @dataclass(slots=True)
 class Session:
-    """A client. `peer` is its ZeroMQ identity; `arena` is its shared memory, None where it sends frames."""
+    """A client. `peer` is its ZeroMQ identity; `arena` is its shared memory, None where it sends frames.
+
+    `lane` is its shortcut for requests without frames; `asked_by_lane` are those that came by it and are not answered.
+    """
 
     peer: bytes
     name: str
@@ -25,13 +29,29 @@ class Session:
     last_id: int
     heard: float  # monotonic seconds of its last message
     alive: bool = True
+    lane: Lane | None = None
+    last_by_lane: int = 0
+    asked_by_lane: set[int] = field(default_factory=set)
 
-    def is_new(self, request: int) -> bool:
-        """Whether this request has not been seen: ids increase, so an older or equal one is a duplicate."""
-        if request <= self.last_id:
+    def is_new(self, request: int, *, by_lane: bool = False) -> bool:
+        """Whether this request has not been seen: ids increase on each way, so an older or equal one is a duplicate."""
+        if request <= (self.last_by_lane if by_lane else self.last_id):
             return False
-        self.last_id = request
+        if by_lane:
+            self.last_by_lane = request
+            self.asked_by_lane.add(request)
+        else:
+            self.last_id = request
         return True
+
+    def answer_by_lane(self, reply: Struct, header: bytes) -> bool:
+        """Sends an answer or event without frames back by the way that its request came. False: it is to go by ZeroMQ."""
+        request = getattr(reply, "re", None)
+        if request not in self.asked_by_lane:
+            return False
+        if not isinstance(reply, (m.Queued, m.Progress, m.Rebound)):
+            self.asked_by_lane.discard(request)
+        return self.lane is not None and self.lane.send(header)
 
     def check(self, message: Struct, frames: list[int]) -> None:
         """Refuses a request whose tensors are not where it says, before anybody reads them.

@@ -12,14 +12,22 @@ import select
 import socket
 import time
 import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from msgspec import Struct
 
 from xditd.handoff import passing, records
+from xditd.handoff.lane import Lane
 from xditd.handoff.segments import Segment
 from xditd.protocol.errors import Code, XditError
 
+T = TypeVar("T")
+
 
 class Lease:
-    """Connects to a daemon's arena socket and receives a token and the first segment. `grow` is for one thread at a time.
+    """Connects to a daemon's arena socket and receives a token and the first segment. `grow` and `open_lane` are for one thread at a
+    time.
 
     Args:
         path: the arena socket.
@@ -42,9 +50,8 @@ class Lease:
         self._hangup = select.poll()
         self._hangup.register(self._sock.fileno(), select.POLLRDHUP)
         try:
-            record, segment = self._receive(max(0.05, deadline - time.monotonic()))
-            if not isinstance(record, records.Leased) or segment is None:
-                raise XditError(Code.BAD_MESSAGE, "The daemon did not open with a lease and its segment.")
+            record, fd = self._receive(max(0.05, deadline - time.monotonic()), records.Leased)
+            segment = Segment(fd, record.nbytes)
             if record.version != records.VERSION:
                 raise XditError(
                     Code.UNSUPPORTED_VERSION,
@@ -64,21 +71,20 @@ class Lease:
             XditError: `arena_exhausted` where the daemon grants no more; `daemon_lost` where it is gone or did not
                 answer in time, which ends the lease.
         """
-        try:
-            passing.send(self._sock, records.Grow(nbytes=nbytes))
-            record, segment = self._receive(timeout)
-            if not isinstance(record, records.Segment) or segment is None:
-                raise XditError(
-                    Code.BAD_MESSAGE, "The daemon did not answer a request for memory with a segment."
-                )
-        except OSError as error:
-            raise _gone() from error
-        except XditError as error:
-            if error.code == Code.ARENA_EXHAUSTED:
-                raise
-            self.close()  # an answer that comes later would be taken for the next one's
-            raise
-        return record.segment, segment
+        return self._ask(
+            records.Grow(nbytes=nbytes),
+            records.Segment,
+            lambda record, fd: (record.segment, Segment(fd, record.nbytes)),
+            timeout,
+        )
+
+    def open_lane(self, timeout: float = 60.0) -> Lane:
+        """A lane for the requests of steps. Once, when the daemon has welcomed the token.
+
+        Raises:
+            XditError: as `grow` does.
+        """
+        return self._ask(records.OpenLane(), records.LaneOpened, lambda record, fd: Lane(fd), timeout)
 
     @property
     def gone(self) -> bool:
@@ -94,16 +100,34 @@ class Lease:
         _held.discard(self)
         self._sock.close()
 
-    def _receive(self, timeout: float) -> tuple[records.Leased | records.Segment, Segment | None]:
+    def _ask(self, question: Struct, kind: type[Struct], take: Callable[[Any, int], T], timeout: float) -> T:
+        """Asks for what comes with a descriptor. An answer that comes too late would be taken for the next one's, so
+        the lease ends with most errors."""
+        try:
+            passing.send(self._sock, question)
+            return take(*self._receive(timeout, kind))
+        except OSError as error:
+            raise _gone() from error
+        except XditError as error:
+            if error.code != Code.ARENA_EXHAUSTED:
+                self.close()
+            raise
+
+    def _receive(self, timeout: float, kind: type[Struct]) -> tuple[Any, int]:
+        """A record of that kind and its descriptor."""
         try:
             record, fd = passing.receive(self._sock, records.ToClient, timeout)
         except passing.EndOfFile as error:
             raise _gone() from error
+        if isinstance(record, kind) and fd is not None:
+            return record, fd
+        if fd is not None:
+            os.close(fd)
         if isinstance(record, records.Refused):
-            if fd is not None:
-                os.close(fd)
             raise XditError(record.code, record.message)
-        return record, None if fd is None else Segment(fd, record.nbytes)
+        raise XditError(
+            Code.BAD_MESSAGE, f"The daemon passed no {kind.__name__} with a descriptor where one was due."
+        )
 
 
 def _connect(path: str, deadline: float) -> socket.socket:

@@ -1,8 +1,8 @@
 """What is said on the sockets that pass segments. It knows structs, no sockets and no memory.
 
 On a daemon's arena socket: the daemon opens with `leased` and a descriptor, or `refused` and end of file. The
-client asks with `grow`, one at a time; the answer is `segment` and a descriptor, or `refused`. The connection is
-the lease: its end ends it. To rank 0 of a group, only `segment` records go, each with a descriptor.
+client asks with `grow` or `open_lane`, one at a time; the answer is `segment` or `lane` and a descriptor, or
+`refused`. The connection is the lease: its end ends it. To rank 0 of a group, only `segment` records go, each with a descriptor.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ class Grow(Struct, frozen=True, kw_only=True, tag="grow", tag_field="type"):
     nbytes: Size  # at least
 
 
+class OpenLane(Struct, frozen=True, kw_only=True, tag="open_lane", tag_field="type"):
+    """Give me a lane for the requests of steps. Once, and after my token was welcome."""
+
+
 class Leased(Struct, frozen=True, kw_only=True, tag="leased", tag_field="type"):
     """Your lease has begun; here is its first segment."""
 
@@ -43,6 +47,10 @@ class Segment(Struct, frozen=True, kw_only=True, tag="segment", tag_field="type"
     nbytes: Size
 
 
+class LaneOpened(Struct, frozen=True, kw_only=True, tag="lane", tag_field="type"):
+    """Here is your end of a lane."""
+
+
 class Refused(Struct, frozen=True, kw_only=True, tag="refused", tag_field="type"):
     """No: the code and the sentence of an XditError."""
 
@@ -50,4 +58,5 @@ class Refused(Struct, frozen=True, kw_only=True, tag="refused", tag_field="type"
     message: str
 
 
-ToClient = Union[Leased, Segment, Refused]
+ToClient = Union[Leased, Segment, LaneOpened, Refused]
+ToDaemon = Union[Grow, OpenLane]
