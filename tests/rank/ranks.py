@@ -188,12 +188,14 @@ def running(
     options: Mapping[str, str] | None = None,
     wait: bool = True,
     parent: int = 0,
+    device: str = "cpu",
+    compiled: bool = False,
     plan: Mapping[str, int] | None = None,
 ) -> Iterator[Ranks]:
     """Ranks of one plan, ready unless `wait` is false."""
     world = ulysses * ring
     folder.mkdir(parents=True, exist_ok=True)
-    devices = tuple(f"cpu:{i}" for i in range(world))
+    devices = tuple(f"{device}:{i}" for i in range(world))
     specs = [
         orders.RankSpec(
             group="g",
@@ -211,6 +213,7 @@ def running(
             variant="",
             dtype=dtype,
             threads=1,
+            compile=compiled,
             options=dict(options or {}),
         )
         for rank in range(world)

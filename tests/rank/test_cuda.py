@@ -1,0 +1,128 @@
+"""On a GPU: one rank computes what the network computes, eager and compiled; kernels merge in a ring.
+
+Skipped without a GPU. NCCL between ranks needs one GPU for each, and is tried where there are two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.rank.ranks import framed, running
+from tests.rank.reference import Reference, error
+from xditd.models.making import flux_facts, make_flux
+from xditd.protocol import orders
+from xditd.protocol.messages import DenoiseItem
+from xditd.rank import attention, xfuser_seam
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+SHAPE = {"heads": 4, "head_dim": 128, "context_width": 256, "pooled_width": 64}
+SIZES = ((64, 64), (33, 47))
+
+
+def conditioning(text: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(text)
+    return {
+        "context": torch.randn(1, text, 256, generator=generator),
+        "pooled": torch.randn(1, 64, generator=generator),
+    }
+
+
+def compare(folder: Path, dtype: str, **how: object) -> tuple[float, str]:
+    """The largest error of several sizes and texts against the CPU in float32, and the kernel's name."""
+    path = make_flux(folder / "flux.safetensors", **SHAPE, dtype=torch.float32)
+    reference = Reference(path, flux_facts(**SHAPE))
+    errors = []
+    with running(folder / "r", path=path, device="cuda", dtype=dtype, wait=False, **how) as ranks:  # type: ignore[arg-type]
+        ready = ranks.ready()
+        slots = ranks.slots()
+        for text in (77, 256):
+            ranks.condition(1, "c", conditioning(text), guidance=3.5)
+            for size in SIZES:
+                x = torch.randn(1, 16, *size, generator=torch.Generator().manual_seed(1))
+                out = slots.take(tuple(x.shape), torch.float32)
+                items = (DenoiseItem(x=slots.put(x), t=(0.7,), conditioning="c", out=out),)
+                ranks.send(orders.TurnDenoise(order=1, run=1, items=items))
+                ranks.wait(orders.TurnDone, 300)
+                expected = reference.predict(x, 0.7, **conditioning(text), guidance=3.5)
+                errors.append(error(slots.view(out), expected))
+    return max(errors), ready[0].attention
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "bound"), [("float32", "efficient", 1e-3), ("bfloat16", "cudnn", 0.2)]
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_rank_on_a_gpu_computes_the_network(
+    tmp_path: Path, dtype: str, kernel: str, bound: float, compiled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    largest, name = compare(tmp_path, dtype, compiled=compiled)
+    with capsys.disabled():
+        print(
+            f"\n  cuda, {dtype}, {'compiled' if compiled else 'eager'}, {name}: {largest:.1e} from float32 on a CPU"
+        )
+    assert name == kernel
+    assert largest < bound
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a world needs a GPU for each rank")
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 0.2)])
+def test_two_gpus_compute_what_one_process_does(
+    tmp_path: Path, ulysses: int, ring: int, dtype: str, bound: float
+) -> None:
+    largest, _ = compare(tmp_path, dtype, ulysses=ulysses, ring=ring)
+    assert largest < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_kernel_can_be_merged_in_a_ring(dtype: torch.dtype, bound: float) -> None:
+    """Three blocks of unequal length, merged as torch's ring attention merges them, against one attention."""
+    from torch.distributed.tensor.experimental._context_parallel._attention import _SDPAMerger
+
+    device = torch.device("cuda:0")
+    xfuser_seam.enter(device)
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+
+    kernel = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[attention.choose(device, dtype).xfuser]]
+    query, key, value = torch.randn(3, 2, 4, 331, 128, device=device).to(dtype)
+    merger = _SDPAMerger(True, seq_dim=1)
+    for begin, end in ((0, 111), (111, 200), (200, 331)):
+        out, lse, *_ = kernel(
+            query,
+            key[:, :, begin:end].contiguous(),
+            value[:, :, begin:end].contiguous(),
+            dropout_p=0.0,
+            is_causal=False,
+        )
+        merger.step(out, lse, False)
+    merged, _ = merger.results()
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (query, key, value)))
+    assert error(merged, expected.float()) < bound
+
+
+def test_a_sample_and_its_preview_come_back_from_the_gpu(tmp_path: Path) -> None:
+    path = make_flux(tmp_path / "flux.safetensors", **SHAPE)
+    noise = torch.randn(1, 16, 33, 47)
+    with running(tmp_path / "r", path=path, device="cuda", dtype="bfloat16") as ranks:
+        ranks.condition(1, "c", conditioning(30))
+        (described,), frames = framed([noise])
+        ranks.send(
+            orders.BeginSample(
+                run=1, sampler="dpmpp_2m", sigmas=(1.0, 0.7, 0.3, 0.0), noise=described, latent=None,
+                conditioning="c", negative=None, cfg=1.0, out=None, previews=(), preview_frames=True,
+            ),
+            *frames,
+        )  # fmt: skip
+        for step in range(3):
+            done, outputs = ranks.turn(orders.TurnSample(order=step, run=1, step=step))
+            assert done.preview is not None
+        assert outputs[0].shape == noise.shape
+        assert outputs[0].isfinite().all()
+        assert 0.1 < outputs[0].std() < 10
