@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -79,7 +78,7 @@ def test_a_wrong_configuration_ends_with_78_and_one_line(tmp_path):
     """The real daemon: systemd takes the status for "do not try again"."""
     path = tmp_path / "xditd.toml"
     path.write_text("[devices]\ncpu_rnks = 2\n")
-    command = [str(Path(sys.executable).with_name("xditd")), "serve", "--config", str(path)]
+    command = [sys.executable, "-m", "xditd.cli.xditd", "serve", "--config", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 78
     assert "did you mean devices.cpu_ranks?" in result.stderr
