@@ -128,17 +128,16 @@ class Deadlines(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Restart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When a group that keeps failing is given up."""
 
-    limit: Annotated[int, Meta(ge=0, le=1000)] = 3  # failures within the window; 0 never tries again
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 3  # failures within the window; 1 never tries again
     window: Seconds = 300.0
-    backoff: Seconds = 1.0  # before the first new try; doubled for each further one
+    backoff: Seconds = 1.0  # before the second new try, the first is at once; doubled for each further one
 
 
 class Compute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How ranks compute, where a request does not say."""
 
     compile: bool = False  # torch.compile of the repeated blocks
-    dtype: Dtype = ""  # "" is the file's own
-    attention: str = ""  # an attention backend of xfuser by name; "" is the best one that works here
+    dtype: Dtype = ""  # "" is the file's own on a GPU, float32 on a CPU
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
