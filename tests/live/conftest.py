@@ -32,14 +32,16 @@ def serve(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Se
     """Starts daemons with settings by dotted key; whatever the test leaves running is killed."""
     services: list[Service] = []
 
-    def start(folder: Path | None = None, **settings: Any) -> Service:
+    def start(
+        folder: Path | None = None, environment: dict[str, str] | None = None, **settings: Any
+    ) -> Service:
         base = {
             "debug.echo": True,
             "devices.kind": "cpu",
             "arena.first_bytes": "4MiB",
             "models.folders": {kind: [str(models / kind)] for kind in ("diffusion_models", "vae")},
         }
-        service = Service(folder or tmp_path_factory.mktemp("s"), {**base, **settings})
+        service = Service(folder or tmp_path_factory.mktemp("s"), {**base, **settings}, environment)
         services.append(service)
         return service
 

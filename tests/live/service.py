@@ -24,9 +24,12 @@ class Service:
     Args:
         folder: for its socket, log and runtime files.
         settings: configuration by dotted key, as `--set` takes it.
+        environment: variables, beyond this process's own.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.endpoint = f"ipc://{folder}/xditd.sock"
         self.log = folder / "log"
@@ -36,7 +39,7 @@ class Service:
                 [sys.executable, "-m", "xditd.daemon", f"--set=endpoint={self.endpoint}", *arguments],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "NOTIFY_SOCKET": ""},
+                env={**os.environ, "NOTIFY_SOCKET": "", **(environment or {})},
             )
         wait_for(
             lambda: "Serving on" in self.said() or self.process.poll() is not None, "the daemon to serve"

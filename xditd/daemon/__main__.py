@@ -73,7 +73,7 @@ async def _serve(config: Config) -> int:
             tasks = [loop.create_task(notifier.keep_watchdog()), loop.create_task(_tick(server))]
             devices = ", ".join(device.name for device in server.devices)
             log.info("Serving on %s, with %s.", endpoint.address, devices, extra={"done": True})
-            notifier.ready(f"Serving on {endpoint.address} with {devices}")
+            tasks.append(loop.create_task(_tell_ready(server, notifier, f"Serving on {endpoint.address}")))
             await stopping.wait()
             notifier.stopping("Waiting for requests under way")
             await _stop(server, config, forced)
@@ -97,6 +97,14 @@ def make_catalog(config: Config) -> Catalog:
         user=getpass.getuser(),
     )
     return Catalog(roots, echo=config.debug.echo)
+
+
+async def _tell_ready(server: Server, notifier: Notifier, status: str) -> None:
+    """Ready means ready: models to preload are there."""
+    if not server.ready.is_set():
+        notifier.status(f"{status}, loading models")
+    await server.ready.wait()
+    notifier.ready(status)
 
 
 async def _tick(server: Server) -> None:

@@ -34,13 +34,16 @@ log = logging.getLogger("xditd.clients")
 CAPABILITIES = ("flux", "autoencoder_kl", "ulysses", "ring", "sample", "frames", "shared_memory", "lane")
 """What a client may count on, beyond the protocol's version."""
 
-PRELOAD = b"preload"
-"""The peer in whose name the daemon loads models itself; no ZeroMQ identity is it."""
+OURSELVES = b"xditd"
+"""The peer in whose name the daemon asks for things itself, to preload; no ZeroMQ identity is it."""
 
 _DOOR = {False: "new clients have to wait", True: "new clients are taken again"}
 
 Handle = Callable[[Session, Any, Sequence[Any]], None]
 """Called with (session, request, frames); raises XditError to refuse."""
+
+Answered = Callable[[Struct], None]
+"""Called with replies and events for the daemon itself."""
 
 Gone = Callable[[bytes, "tuple[int, ...]"], None]
 """Called with (peer, its segments) when a session has ended."""
@@ -50,7 +53,14 @@ class Clients:
     """All sessions, by ZeroMQ identity."""
 
     def __init__(
-        self, context: zmq.Context[Any], endpoint: Endpoint, config: Config, *, handle: Handle, gone: Gone
+        self,
+        context: zmq.Context[Any],
+        endpoint: Endpoint,
+        config: Config,
+        *,
+        handle: Handle,
+        gone: Gone,
+        answered: Answered,
     ) -> None:
         """
         Raises:
@@ -59,6 +69,7 @@ class Clients:
         self.config = config
         self.handle = handle
         self.gone = gone
+        self.answered = answered
         self.epoch = os.urandom(8).hex()
         self.sessions: dict[bytes, Session] = {}
         self.arenas: Arenas | None = None  # clients on other machines send frames
@@ -93,9 +104,8 @@ class Clients:
 
     def answer(self, peer: bytes, reply: Struct, frames: Sequence[Any] = ()) -> None:
         """Sends a reply or an event. A client that takes no more of them is disconnected."""
-        if peer == PRELOAD:
-            if isinstance(reply, m.Failed):
-                log.error("A model to preload is not there: %s", reply.message, extra={"code": reply.code})
+        if peer == OURSELVES:
+            self.answered(reply)
             return
         session, header = self.sessions.get(peer), codec.encode(reply)
         if session is not None and not frames and session.answer_by_lane(reply, header):

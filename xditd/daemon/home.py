@@ -31,6 +31,7 @@ class Home:
     """
 
     runtime: Path
+    _lock_file: Path
 
     def __init__(self, config: Config, endpoint: endpoints.Endpoint) -> None:
         self.endpoint = endpoint
@@ -51,9 +52,8 @@ class Home:
             endpoints.check_owner(self.endpoint)
             name = self._socket.name if self._socket else self.endpoint.address.rpartition(":")[2]
             where = self._socket.parent if self._socket else self._folder
-            self._lock = os.open(where / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._take_lock()
-            self.runtime = Path(tempfile.mkdtemp(prefix="ranks-", dir=self._folder))
+            self._take_lock(where / f"{name}.lock")
+            self.runtime = Path(tempfile.mkdtemp(prefix=f"ranks-{os.getpid()}-", dir=self._folder))
         except OSError as error:
             raise XditError(
                 Code.BAD_CONFIG,
@@ -68,34 +68,41 @@ class Home:
         for stale in self._folder.glob("ranks-*"):
             if stale != self.runtime and not _alive(stale):
                 shutil.rmtree(stale, ignore_errors=True)  # of a daemon that was killed
-        (self.runtime / "pid").write_text(f"{os.getpid()}\n")
         return self
 
     def __exit__(self, *exception: object) -> None:
         shutil.rmtree(self.runtime, ignore_errors=True)
         if self._socket is not None:
             self._socket.unlink(missing_ok=True)
+        self._lock_file.unlink(missing_ok=True)  # while it is held: whoever waits for it looks again
         os.close(self._lock)
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, path: Path) -> None:
         """A second bind on a live ipc path would succeed and steal every client: so a lock comes first."""
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._lock)
-            raise XditError(
-                Code.ALREADY_RUNNING,
-                f"Another daemon (pid {pid}) serves {self.endpoint.address}; stop it first, or choose another endpoint.",
-            ) from None
+        self._lock_file = path
+        while True:
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "unknown"
+                os.close(self._lock)
+                raise XditError(
+                    Code.ALREADY_RUNNING,
+                    f"Another daemon (pid {pid}) serves {self.endpoint.address}; stop it first, or choose another "
+                    "endpoint.",
+                ) from None
+            if path.exists() and os.path.samestat(os.fstat(self._lock), path.stat()):
+                break
+            os.close(self._lock)  # of a daemon that has just ended, and took its file along
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
 
 def _alive(runtime: Path) -> bool:
-    """Whether the daemon that made a runtime folder still lives."""
+    """Whether the daemon that made a runtime folder, ranks-PID-…, still lives."""
     try:
-        os.kill(int((runtime / "pid").read_text()), 0)
+        os.kill(int(runtime.name.split("-")[1]), 0)
     except (OSError, ValueError):
         return False
     return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,12 +12,13 @@ from typing import Any
 
 import psutil
 import zmq
+from msgspec import Struct
 
 from xditd import __version__
 from xditd.catalog.catalog import Catalog
 from xditd.daemon import devices as hardware
 from xditd.daemon import states
-from xditd.daemon.clients import PRELOAD, Clients
+from xditd.daemon.clients import OURSELVES, Clients
 from xditd.daemon.config import Config
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fleet import Deadlines
@@ -26,9 +29,16 @@ from xditd.daemon.session import Session
 from xditd.protocol import messages as m
 from xditd.protocol.endpoints import Endpoint
 
+log = logging.getLogger("xditd.server")
+
 
 class Server:
-    """One daemon's life. `state` is a row of `states.DAEMON`."""
+    """One daemon's life.
+
+    Attributes:
+        state: a row of `states.DAEMON`.
+        ready: set when it serves and all models to preload are there, or refused.
+    """
 
     def __init__(
         self, config: Config, endpoint: Endpoint, runtime: Path, catalog: Catalog, stop: Callable[[], None]
@@ -45,11 +55,20 @@ class Server:
         """
         self.config = config
         self.state = "starting"
+        self.ready = asyncio.Event()
+        self._loading = 0  # models to preload that are neither ready nor refused
         self.started = time.monotonic()
         self._look = 0.0  # monotonic seconds of the next look at what needs no haste
         self.devices = hardware.own(config.devices.kind, config.devices.use, config.devices.cpu_ranks)
         self._context: zmq.Context[Any] = zmq.Context()
-        self.clients = Clients(self._context, endpoint, config, handle=self._handle, gone=self._client_gone)
+        self.clients = Clients(
+            self._context,
+            endpoint,
+            config,
+            handle=self._handle,
+            gone=self._client_gone,
+            answered=self._preloaded,
+        )
         self.ranks = Ranks(self._context, runtime, config, self._arena_of)
         limits = config.deadlines
         self.dispatcher = Dispatcher(
@@ -78,15 +97,33 @@ class Server:
         self.state = states.after(states.DAEMON, self.state, event)
 
     async def start(self) -> None:
-        """Opens the doors and loads what the configuration names."""
+        """Opens the doors, and loads what the configuration names."""
         await self.clients.start()
-        for number, preload in enumerate(self.config.models.preload, 1):
-            self.requests.preload(PRELOAD, m.Load(id=number, model=preload.ref, plan=preload.plan))
+        preloads = self.config.models.preload
+        self._loading = len(preloads)
+        for number, preload in enumerate(preloads, 1):
+            self.requests.preload(OURSELVES, m.Load(id=number, model=preload.ref, plan=preload.plan))
+        if not preloads:
+            self._serve()
+
+    def _preloaded(self, reply: Struct) -> None:
+        """One more of the models to preload is ready, or will not be: after the last one the daemon is ready."""
+        if isinstance(reply, m.Queued):
+            return
+        if isinstance(reply, m.Failed):
+            log.error("A model to preload is not there: %s", reply.message, extra={"code": reply.code})
+        self._loading -= 1
+        if not self._loading and self.state == "starting":
+            self._serve()
+
+    def _serve(self) -> None:
         self.go("ready")
+        self.ready.set()
 
     def drain(self) -> None:
         """Takes nothing new from now on."""
-        self.go("drain")
+        if self.state == "serving":
+            self.go("drain")
         self.dispatcher.draining = True
 
     @property

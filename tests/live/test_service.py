@@ -1,0 +1,103 @@
+"""The daemon as a service: ready means ready, the watchdog hears the event loop, logs are for whom they are for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.live.conftest import Serve
+from tests.live.service import wait_for
+
+
+class Systemd:
+    """The other end of NOTIFY_SOCKET."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.socket.settimeout(60)
+        self.path = path
+
+    def hear(self) -> str:
+        return self.socket.recv(4096).decode()
+
+    def hear_until(self, start: str) -> list[str]:
+        heard = [self.hear()]
+        while not heard[-1].startswith(start):
+            heard.append(self.hear())
+        return heard
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Systemd:
+    return Systemd(tmp_path / "notify")
+
+
+def test_ready_means_that_models_to_preload_are_there(serve: Serve, systemd: Systemd) -> None:
+    service = serve(
+        environment={"NOTIFY_SOCKET": str(systemd.path)},
+        **{"models.preload": [{"model": "echo/echo", "devices": ["0"]}]},
+    )
+    before = systemd.hear_until("READY=1")
+    assert any("loading models" in message for message in before)
+    with service.client() as client:
+        status = client.status()
+        assert status.state == "serving"
+        (group,) = status.groups
+        assert group.state == "ready"
+    assert service.stop() == 0
+    assert systemd.hear_until("STOPPING=1")
+
+
+def test_a_model_to_preload_that_is_not_there_is_said_and_the_rest_serves(
+    serve: Serve, systemd: Systemd
+) -> None:
+    service = serve(
+        environment={"NOTIFY_SOCKET": str(systemd.path)},
+        **{"models.preload": [{"model": "vae/nowhere.safetensors"}]},
+    )
+    systemd.hear_until("READY=1")
+    assert "❌ server: A model to preload is not there: There is no vae/nowhere.safetensors" in service.said()
+
+
+def test_the_watchdog_hears_nothing_from_an_event_loop_that_stands_still(
+    serve: Serve, systemd: Systemd
+) -> None:
+    service = serve(environment={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "200000"})
+    systemd.hear_until("WATCHDOG=1")
+    systemd.hear_until("WATCHDOG=1")
+    os.kill(service.process.pid, signal.SIGSTOP)
+    systemd.socket.settimeout(0.5)
+    with pytest.raises(TimeoutError):  # what was sent before may still be in the socket
+        for _ in range(20):
+            systemd.hear()
+    os.kill(service.process.pid, signal.SIGCONT)
+    systemd.socket.settimeout(60)
+    systemd.hear_until("WATCHDOG=1")
+
+
+def test_json_lines_carry_what_they_are_about(serve: Serve) -> None:
+    service = serve(**{"log.format": "json"})
+    with service.client(name="a program") as client:
+        client.load("echo/echo")
+    wait_for(lambda: "Disconnected" in service.said(), "the client to be gone")
+    assert service.stop() == 0
+    lines = [json.loads(line) for line in service.said().splitlines()]
+    ready = next(line for line in lines if "is ready after" in line["message"])
+    assert (ready["group"], ready["generation"], ready["level"]) == ("g1", 1, "info")
+    assert next(line for line in lines if line["message"] == "Connected.")["client"] == "a program"
+
+
+def test_a_killed_daemon_leaves_a_folder_that_the_next_one_clears(serve: Serve) -> None:
+    service = serve()
+    service.kill()
+    left = {path.name for path in service.folder.iterdir()}
+    assert any(name.startswith("ranks-") for name in left)
+    second = serve(folder=service.folder)
+    assert second.stop() == 0
+    assert {path.name for path in service.folder.iterdir()} == {"log"}
