@@ -35,6 +35,7 @@ class Service:
         self.log = folder / "log"
         arguments = [f"--set={key}={_toml(value)}" for key, value in settings.items()]
         with self.log.open("ab") as log:
+            before = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "xditd.daemon", f"--set=endpoint={self.endpoint}", *arguments],
                 stdout=log,
@@ -42,7 +43,8 @@ class Service:
                 env={**os.environ, "NOTIFY_SOCKET": "", **(environment or {})},
             )
         wait_for(
-            lambda: "Serving on" in self.said() or self.process.poll() is not None, "the daemon to serve"
+            lambda: "Serving on" in self.said()[before:] or self.process.poll() is not None,
+            "the daemon to serve",
         )
         assert self.process.poll() is None, self.said()
 

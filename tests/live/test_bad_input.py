@@ -68,7 +68,8 @@ def refused(action: Any, *arguments: Any, **named: Any) -> str:
     with pytest.raises(XditError) as error:
         action(*arguments, **named)
     message = error.value.message
-    assert message.endswith(".") and "\n" not in message, message
+    assert message.endswith("."), message
+    assert "\n" not in message
     assert "Traceback" not in message
     return str(error.value.code)
 
