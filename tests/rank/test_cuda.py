@@ -81,7 +81,7 @@ def test_two_gpus_compute_what_one_process_does(
     assert largest < bound
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_a_kernel_can_be_merged_in_a_ring(dtype: torch.dtype, bound: float) -> None:
     """Three blocks of unequal length, merged as torch's ring attention merges them, against one attention."""
     from torch.distributed.tensor.experimental._context_parallel._attention import _SDPAMerger

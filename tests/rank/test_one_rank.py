@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 
@@ -143,6 +144,27 @@ def test_a_forgotten_run_is_gone_and_the_next_turn_works(ranks: Ranks) -> None:
         assert failed.order == order.order
         assert failed.alive
         assert failed.code in ("no_such_conditioning", "no_such_run")
+
+
+def test_a_hundred_runs_leave_no_memory_behind(ranks: Ranks) -> None:
+    """Each puts 1 MiB of conditioning and begins a sample that it never ends."""
+
+    def resident() -> int:
+        (described,), frames = framed([latent(1)])
+        item = DenoiseItem(x=described, t=(0.5,), conditioning="c")
+        ranks.condition(99, "c", conditioning(1))
+        ranks.turn(orders.TurnDenoise(order=99, run=99, items=(item,)), *frames)  # all before it is done
+        return psutil.Process(ranks.processes[0].pid).memory_info().rss
+
+    context = torch.randn(1, 4096, SHAPE["context_width"])
+    before = resident()
+    for run in range(100, 200):
+        ranks.condition(run, "c", {**conditioning(1), "context": context})
+        (described,), frames = framed([torch.randn(1, 16, 64, 64)])
+        ranks.send(begin(run=run, noise=described), *frames)
+        ranks.send(orders.ForgetRun(run=run))
+    assert resident() - before < 20 << 20
+    ranks.send(orders.ForgetRun(run=99))
 
 
 def test_what_an_order_that_is_no_turn_did_wrong_is_told_in_its_runs_next_turn(ranks: Ranks) -> None:

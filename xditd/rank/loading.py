@@ -80,10 +80,15 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     faults.at_load()
     network = load_network(spec.family, spec.path, spec.part, device.torch, dtype)
     if world is not None:
+        if spec.compile:
+            print(
+                "Compiling is for a world of one rank in this version; this one runs eagerly.",
+                file=sys.stderr,
+            )
         network.call = SequenceParallel(world.wrap(network.backbone, network.heads), world, device.torch)
     else:
         network.backbone.set_attention_backend(kernel.diffusers)
-        if spec.compile:
+        if spec.compile and device.is_cuda:
             # By block, so that 57 of them cost two; dynamic, so that a new size costs a fifth of a second.
             network.backbone.compile_repeated_blocks(fullgraph=True, dynamic=True)
     return Denoiser(network, Transfer(device.torch, spec.rank, spec.world, places), device, kernel.name)
@@ -129,7 +134,8 @@ def _prepare(spec: RankSpec) -> None:
     """What libraries read when they are imported, or at their first use."""
     if spec.device.startswith("cpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if spec.store.startswith("file:"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: listen to nobody else
     if spec.threads:
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
