@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from tests.client.fake_daemon import FakeDaemon
+from tests.client.threads import later
 from xditd.client import Client
 from xditd.client.buffers import Buffer
 from xditd.protocol import messages as m
@@ -249,12 +249,11 @@ def test_a_refusal_is_raised_with_its_code_and_the_client_goes_on(client: Client
 
 def test_an_answer_that_was_not_asked_for_is_refused(daemon: FakeDaemon, client: Client) -> None:
     daemon.hold.add("status")
-    with ThreadPoolExecutor() as pool:
-        asked = pool.submit(client.status)
-        (request,) = daemon.wait_for("status")
-        daemon.say(m.Cancelled(re=request.id, run=1))
-        with pytest.raises(XditError, match="Cancelled") as refusal:
-            asked.result(10)
+    asked = later(client.status)
+    (request,) = daemon.wait_for("status")
+    daemon.say(m.Cancelled(re=request.id, run=1))
+    with pytest.raises(XditError, match="Cancelled") as refusal:
+        asked.result(10)
     assert refusal.value.code == Code.BAD_MESSAGE
 
 
@@ -263,12 +262,11 @@ def test_an_answer_with_another_slot_than_was_asked_for_is_refused(
 ) -> None:
     run = sharing.open_run(MODEL)
     daemon.hold.add("denoise")
-    with ThreadPoolExecutor() as pool:
-        asked = pool.submit(run.denoise, [(x(), 0.0, "c")])
-        (request,) = daemon.wait_for("denoise")
-        daemon.say(m.Denoised(re=request.id, outputs=(request.items[0].x,), seconds=0.0))
-        with pytest.raises(XditError) as refusal:
-            asked.result(10)
+    asked = later(run.denoise, [(x(), 0.0, "c")])
+    (request,) = daemon.wait_for("denoise")
+    daemon.say(m.Denoised(re=request.id, outputs=(request.items[0].x,), seconds=0.0))
+    with pytest.raises(XditError) as refusal:
+        asked.result(10)
     assert refusal.value.code == Code.BAD_SLOT
     assert in_use(sharing) == 0
 
@@ -319,11 +317,10 @@ def test_a_rebound_run_knows_its_new_group(daemon: FakeDaemon, client: Client) -
     events: list[object] = []
     run = client.open_run(MODEL, on_event=events.append)
     daemon.hold.add("denoise")
-    with ThreadPoolExecutor() as pool:
-        asked = pool.submit(run.denoise, [(x(), 0.0, "c")])
-        (request,) = daemon.wait_for("denoise")
-        daemon.say(m.Rebound(re=request.id, run=run.id, group="g2", reason="rank 1 died"))
-        daemon.let_go()
-        asked.result(10)
+    asked = later(run.denoise, [(x(), 0.0, "c")])
+    (request,) = daemon.wait_for("denoise")
+    daemon.say(m.Rebound(re=request.id, run=run.id, group="g2", reason="rank 1 died"))
+    daemon.let_go()
+    asked.result(10)
     assert run.group == "g2"
     assert isinstance(events[-1], m.Rebound)

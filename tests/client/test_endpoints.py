@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.client.fake_daemon import FakeDaemon
-from xditd.client import Client
+from tests.client.threads import later
+from xditd.client import Client, search
 from xditd.protocol import endpoints
 from xditd.protocol.endpoints import Endpoint, candidates, parse
 from xditd.protocol.errors import Code, XditError
@@ -151,13 +153,18 @@ def test_a_socket_that_is_not_for_us_names_the_group_at_once() -> None:
             assert time.monotonic() - begin < 30  # waiting would not have helped
 
 
-def test_a_client_waits_for_a_daemon_that_is_about_to_start(tmp_path: Path) -> None:
-    with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(Client, f"ipc://{tmp_path}/d", timeout=20)
-        while not waiting.running():
-            time.sleep(0.001)
-        with FakeDaemon(str(tmp_path / "d")) as daemon, waiting.result(20) as client:
-            assert client.epoch == daemon.epoch
+def test_a_client_waits_for_a_daemon_that_is_about_to_start(tmp_path: Path, monkeypatch) -> None:
+    tried, knock = threading.Event(), search._knock
+
+    def knocks(*arguments: Any) -> None:
+        tried.set()
+        knock(*arguments)
+
+    monkeypatch.setattr(search, "_knock", knocks)
+    waiting = later(Client, f"ipc://{tmp_path}/d", timeout=20)
+    assert tried.wait(10)
+    with FakeDaemon(str(tmp_path / "d")) as daemon, waiting.result(20) as client:
+        assert client.epoch == daemon.epoch
 
 
 def test_tcp_without_a_daemon_is_not_found(tmp_path: Path) -> None:

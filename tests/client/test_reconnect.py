@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 
 from tests.client.fake_daemon import FakeDaemon
 from tests.client.test_client import MODEL, x
+from tests.client.threads import later
 from tests.handoff.host import descriptors, segments_of
 from xditd.client import Client
 from xditd.protocol.errors import Code, XditError
@@ -69,17 +69,16 @@ def test_a_killed_daemon_fails_what_is_under_way_at_once_in_every_thread(
     with killable(tmp_path / "d") as process, Client(f"ipc://{tmp_path}/d", shared_memory=shared) as client:
         run = client.open_run(MODEL)
         process.send_signal(signal.SIGSTOP)
-        with ThreadPoolExecutor() as pool:
-            waiting = [pool.submit(client.status) for _ in range(3)]
-            waiting.append(pool.submit(run.denoise, [(x(), 0.0, "c")]))  # type: ignore[arg-type]
-            while not client._connection or len(client._connection._requests) < 4:
-                time.sleep(0.001)
-            begin = time.monotonic()
-            process.kill()
-            for future in waiting:
-                with pytest.raises(XditError) as failure:
-                    future.result(10)
-                assert failure.value.code == Code.DAEMON_LOST
+        waiting = [later(client.status) for _ in range(3)]
+        waiting.append(later(run.denoise, [(x(), 0.0, "c")]))  # type: ignore[arg-type]
+        while not client._connection or len(client._connection._requests) < 4:
+            time.sleep(0.001)
+        begin = time.monotonic()
+        process.kill()
+        for future in waiting:
+            with pytest.raises(XditError) as failure:
+                future.result(10)
+            assert failure.value.code == Code.DAEMON_LOST
         assert time.monotonic() - begin < 2
         with pytest.raises(XditError) as lost:
             run.denoise([(x(), 0.0, "c")])

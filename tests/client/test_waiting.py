@@ -7,13 +7,13 @@ import os
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from tests.client.fake_daemon import FakeDaemon
 from tests.client.test_client import MODEL, in_use, x
+from tests.client.threads import later
 from xditd.client import Client
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
@@ -47,8 +47,8 @@ def test_eight_threads_get_each_its_own_answers(daemon: FakeDaemon, client: Clie
                 (got,) = run.denoise([(given, float(step), "c")])
                 assert torch.equal(got, given * 2 + step)
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(8)))
+    for done in [later(work, seed) for seed in range(8)]:
+        done.result(60)
     gc.collect()
     assert in_use(client) == 0
 
@@ -59,15 +59,12 @@ def test_answers_that_come_in_any_order_reach_whoever_waits_for_them(
     daemon.hold.add("denoise")
     runs = [client.open_run(MODEL) for _ in range(8)]
     given = [x(1, 4, 4, 4) for _ in runs]
-    with ThreadPoolExecutor(8) as pool:
-        waiting = [
-            pool.submit(run.denoise, [(tensor, 1.0, "c")]) for run, tensor in zip(runs, given, strict=True)
-        ]
-        daemon.wait_for("denoise", 8)
-        daemon.do(lambda: random.Random(3).shuffle(daemon._held))
-        daemon.let_go()
-        for tensor, future in zip(given, waiting, strict=True):
-            assert torch.equal(future.result(10)[0], tensor * 2 + 1)
+    waiting = [later(run.denoise, [(tensor, 1.0, "c")]) for run, tensor in zip(runs, given, strict=True)]
+    daemon.wait_for("denoise", 8)
+    daemon.do(lambda: random.Random(3).shuffle(daemon._held))
+    daemon.let_go()
+    for tensor, future in zip(given, waiting, strict=True):
+        assert torch.equal(future.result(10)[0], tensor * 2 + 1)
 
 
 def test_a_thread_that_sends_does_not_swallow_what_another_waits_for(
@@ -82,18 +79,34 @@ def test_a_thread_that_sends_does_not_swallow_what_another_waits_for(
         while not done.is_set():
             client.status()
 
-    with ThreadPoolExecutor(4) as pool:
-        noise = [pool.submit(disturb) for _ in range(2)]
-        try:
-            for step in range(1, 41):
-                waiting = pool.submit(run.denoise, [(x(1, 4, 4, 4), 0.0, "c")])
-                daemon.wait_for("denoise", step)
-                daemon.let_go()
-                waiting.result(10)
-        finally:
-            done.set()
-        for future in noise:
-            future.result(10)
+    noise = [later(disturb) for _ in range(2)]
+    try:
+        for step in range(1, 41):
+            waiting = later(run.denoise, [(x(1, 4, 4, 4), 0.0, "c")])
+            daemon.wait_for("denoise", step)
+            daemon.let_go()
+            waiting.result(10)
+    finally:
+        done.set()
+    for future in noise:
+        future.result(10)
+
+
+def test_a_sender_that_reads_the_readers_answer_wakes_it(daemon: FakeDaemon, sharing: Client) -> None:
+    """As it must when its send swallowed the edge: here the reader never sees one."""
+    daemon.hold.add("denoise")
+    run, connection = sharing.open_run(MODEL), sharing._connection
+    assert connection is not None
+    connection._channel._poll.unregister(connection._channel._socket_fd)
+    waiting = later(run.denoise, [(x(), 0.0, "c")])
+    daemon.wait_for("denoise")
+    daemon.let_go()
+    deadline = time.monotonic() + 10
+    while not waiting.done():
+        assert time.monotonic() < deadline, "nobody woke it"
+        connection.tell(m.Status, {})
+        time.sleep(0.001)
+    assert waiting.result(0)
 
 
 def test_while_one_thread_is_in_its_callback_others_are_served(daemon: FakeDaemon, client: Client) -> None:
@@ -103,8 +116,8 @@ def test_while_one_thread_is_in_its_callback_others_are_served(daemon: FakeDaemo
         entered.set()
         assert leave.wait(10)
 
-    with ThreadPoolExecutor() as pool, client.open_run(MODEL) as run:
-        sampling = pool.submit(run.sample, x(), [1.0, 0.0], "c", callback=callback)
+    with client.open_run(MODEL) as run:
+        sampling = later(run.sample, x(), [1.0, 0.0], "c", callback=callback)
         assert entered.wait(10)
         assert client.status().state == "serving"
         leave.set()
@@ -114,16 +127,15 @@ def test_while_one_thread_is_in_its_callback_others_are_served(daemon: FakeDaemo
 def test_a_follower_takes_over_when_the_reader_leaves(daemon: FakeDaemon, client: Client) -> None:
     daemon.hold |= {"denoise", "status"}
     run, leave = client.open_run(MODEL), threading.Event()
-    with ThreadPoolExecutor() as pool:
-        reader = pool.submit(run.denoise, [(x(), 0.0, "c")], interrupt=stop_when(leave))
-        daemon.wait_for("denoise")
-        follower = pool.submit(client.status)
-        daemon.wait_for("status")
-        leave.set()
-        with pytest.raises(Stopped):
-            reader.result(10)
-        daemon.let_go("status")
-        assert follower.result(10).state == "serving"
+    reader = later(run.denoise, [(x(), 0.0, "c")], interrupt=stop_when(leave))
+    daemon.wait_for("denoise")
+    follower = later(client.status)
+    daemon.wait_for("status")
+    leave.set()
+    with pytest.raises(Stopped):
+        reader.result(10)
+    daemon.let_go("status")
+    assert follower.result(10).state == "serving"
 
 
 def test_cancel_from_another_thread_ends_a_step_that_is_waited_for(
@@ -131,17 +143,16 @@ def test_cancel_from_another_thread_ends_a_step_that_is_waited_for(
 ) -> None:
     daemon.hold.add("denoise")
     run = client.open_run(MODEL)
-    with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(run.denoise, [(x(), 0.0, "c")])
-        (request,) = daemon.wait_for("denoise")
-        daemon.hold.add("cancel")
-        cancelling = pool.submit(run.cancel)
-        daemon.wait_for("cancel")
-        daemon.say(m.Failed(re=request.id, code="run_cancelled", message="Run 1 was cancelled."))
-        daemon.let_go("cancel")
-        cancelling.result(10)
-        with pytest.raises(XditError) as failure:
-            waiting.result(10)
+    waiting = later(run.denoise, [(x(), 0.0, "c")])
+    (request,) = daemon.wait_for("denoise")
+    daemon.hold.add("cancel")
+    cancelling = later(run.cancel)
+    daemon.wait_for("cancel")
+    daemon.say(m.Failed(re=request.id, code="run_cancelled", message="Run 1 was cancelled."))
+    daemon.let_go("cancel")
+    cancelling.result(10)
+    with pytest.raises(XditError) as failure:
+        waiting.result(10)
     assert failure.value.code == Code.RUN_CANCELLED
     assert in_use(client) == 0
 
@@ -197,14 +208,11 @@ def test_a_slot_of_a_request_that_was_left_is_not_used_again_until_its_answer_ca
 def test_a_run_that_is_not_waited_for_any_more_leaves_the_queue(daemon: FakeDaemon, client: Client) -> None:
     daemon.hold.add("open_run")
     leave = threading.Event()
-    with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(
-            client.open_run, MODEL, on_event=lambda event: leave.set(), interrupt=stop_when(leave)
-        )
-        (request,) = daemon.wait_for("open_run")
-        daemon.say(m.Queued(re=request.id, run=77, position=3, phase="waiting"))
-        with pytest.raises(Stopped):
-            waiting.result(10)
+    waiting = later(client.open_run, MODEL, on_event=lambda event: leave.set(), interrupt=stop_when(leave))
+    (request,) = daemon.wait_for("open_run")
+    daemon.say(m.Queued(re=request.id, run=77, position=3, phase="waiting"))
+    with pytest.raises(Stopped):
+        waiting.result(10)
     assert daemon.wait_for("cancel")[0].run == 77
 
 
@@ -263,14 +271,13 @@ def test_closing_ends_what_other_threads_wait_for_and_results_stay(
     given = x()
     (result,) = run.denoise([(given, 0.0, "c")])
     daemon.hold |= {"denoise", "status"}
-    with ThreadPoolExecutor() as pool:
-        waiting = [pool.submit(run.denoise, [(given, 0.0, "c")]), pool.submit(client.status)]
-        daemon.wait_for("denoise")
-        daemon.wait_for("status")
-        client.close()
-        for future in waiting:
-            with pytest.raises(XditError, match="closed"):
-                future.result(10)
+    waiting = [later(run.denoise, [(given, 0.0, "c")]), later(client.status)]
+    daemon.wait_for("denoise")
+    daemon.wait_for("status")
+    client.close()
+    for future in waiting:
+        with pytest.raises(XditError, match="closed"):
+            future.result(10)
     with pytest.raises(XditError, match="make a new Client"):
         client.status()
     assert torch.equal(result, given * 2)
