@@ -1,8 +1,8 @@
 """A channel: the descriptors of one connection, ZeroMQ's and a lane's among them. It knows no messages, no requests and no lock.
 
 Its owner calls everything but `poll` and `poll_messages` with a lock held. ZeroMQ's descriptor is edge-triggered:
-any call may swallow the edge that announced a message, so after a `send` as after a `poll` the owner calls `receive`
-until nothing is left.
+any call may swallow the edge that announced a message. So whoever touched the socket leaves a note that there may be
+something to read; `receive` follows it, and `poll` does not wait while there is one.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Channel:
     def __init__(self, context: zmq.Context[Any], endpoint: Endpoint, lease: Lease | None) -> None:
         self._lease = lease
         self._lane: Lane | None = None
+        self._look_at_socket = self._look_at_lane = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._close_wake = weakref.finalize(self, os.close, self._wake)
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -54,6 +55,7 @@ class Channel:
         self._monitor: zmq.Socket[bytes] | None = None
         if lease is None:
             self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._lane_fd = -1
         self._socket_fd = int(self._socket.getsockopt(zmq.FD))
         self._lease_fd = -1 if lease is None else lease.fileno()
         self._poll = select.poll()
@@ -72,7 +74,8 @@ class Channel:
     def take(self, lane: Lane) -> None:
         """Uses a lane from now on, for messages that are sent by it and for their answers."""
         self._lane = lane
-        self._poll.register(lane.fileno(), select.POLLIN)
+        self._lane_fd = lane.fileno()
+        self._poll.register(self._lane_fd, select.POLLIN)
 
     def send(self, header: bytes, frames: Sequence[Any] = (), *, by_lane: bool = False) -> None:
         """Sends a message at once; frames are not copied and must stay as they are.
@@ -92,18 +95,29 @@ class Channel:
                 self._socket.send(header, zmq.NOBLOCK)
         except zmq.Again:
             raise XditError(Code.TIMEOUT, "The daemon takes no more messages; it may hang.") from None
+        finally:
+            self._look_at_socket = True
+
+    def look(self) -> None:
+        """Has `receive` look for what nobody has seen come."""
+        self._look_at_socket = self._look_at_lane = True
 
     def receive(self) -> tuple[bytes, list[Any]] | None:
         """The next message that has come: its header and its frames; or None."""
-        if self._lane is not None:
-            said = self._lane.receive()
+        if self._look_at_lane:
+            said = self._lane.receive() if self._lane is not None else None
             if said:
                 return said, []
+            self._look_at_lane = False
             if said is not None:  # the daemon has closed it: it ends, or ends this connection
                 self._close_lane()
+        if not self._look_at_socket:
+            return None
         socket = self._socket
+        self._look_at_socket = False  # before the look: a note that `poll` leaves meanwhile must not be lost
         if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return None
+        self._look_at_socket = True
         header = socket.recv(zmq.NOBLOCK)
         frames: list[Any] = []
         while socket.getsockopt(zmq.RCVMORE):
@@ -130,7 +144,13 @@ class Channel:
         Returns:
             Whether it was woken, and whether `hung_up` should be looked at.
         """
+        if self._look_at_socket or self._look_at_lane:
+            return False, False
         fds = [fd for fd, _ in self._poll.poll(None if timeout is None else timeout * 1000)]
+        if self._socket_fd in fds:
+            self._look_at_socket = True
+        if self._lane_fd in fds:
+            self._look_at_lane = True
         watched = self._lease_fd in fds if self._lease is not None else bool(fds)
         return self._wake in fds, watched
 
@@ -139,6 +159,7 @@ class Channel:
         poll = select.poll()
         poll.register(self._socket_fd, select.POLLIN)
         poll.poll(timeout * 1000)
+        self._look_at_socket = True
 
     def wake(self) -> None:
         """Ends a `poll` in another thread, this one or the next."""
@@ -160,6 +181,6 @@ class Channel:
 
     def _close_lane(self) -> None:
         if self._lane is not None:
-            self._poll.unregister(self._lane.fileno())
+            self._poll.unregister(self._lane_fd)
             self._lane.close()
-            self._lane = None
+            self._lane, self._lane_fd = None, -1

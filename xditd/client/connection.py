@@ -96,6 +96,7 @@ class Connection:
         """Whether it can be used; looks for an end of file that nobody has seen yet."""
         with self._lock:
             if self.lost is None and self._channel.hung_up:
+                self._channel.look()
                 self._receive(None)
                 self._lose(_daemon_lost())
             return self.lost is None
@@ -203,6 +204,7 @@ class Connection:
     def behind(self, request: Request) -> int:
         """How many further events of a request have come."""
         with self._lock:
+            self._channel.look()
             self._receive(request)
             return len(request.events)
 
@@ -229,6 +231,7 @@ class Connection:
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
                     with self._lock:
+                        self._channel.look()
                         self._receive(request)
                         if request.answer is not None:
                             return
@@ -290,6 +293,7 @@ class Connection:
             with self._lock:
                 if self.lost is not None:
                     return
+                self._channel.look()
                 self._receive(request)
                 if all(waiting.abandoned for waiting in self._requests.values()):
                     break

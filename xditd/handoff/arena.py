@@ -13,6 +13,9 @@ from xditd.handoff.segments import Segment
 from xditd.handoff.slots import Slots
 from xditd.protocol.errors import Code, XditError
 
+Loan = ctypes.Array[ctypes.c_ubyte]
+"""Bytes that are lent. Not a memoryview: a slice of a memoryview does not keep the memoryview that it is of."""
+
 
 class Slot:
     """A piece of a segment that is the taker's until it is given back, or lent and the borrowers are gone.
@@ -44,8 +47,9 @@ class Arena:
         self._segments: dict[int, Segment] = {}
         self._lock = threading.Lock()
         # A finalizer runs in any thread and at any allocation, also while this thread holds the lock: what is given
-        # back is queued here without one and joined by the next `take`.
-        self._returned: deque[tuple[int, int]] = deque()
+        # back is queued here without one and sorted in by the next `take`.
+        self._returned: deque[Slot] = deque()
+        self._idle: dict[int, deque[Slot]] = {}  # by size: a step takes what the last one gave back, as it is
         self._add(*lease.first)
 
     def take(self, nbytes: int) -> Slot:
@@ -55,8 +59,15 @@ class Arena:
             XditError: `arena_exhausted` where the daemon grants no more memory, `daemon_lost`.
         """
         with self._lock:
-            self._collect()
+            while self._returned:
+                slot = self._returned.popleft()
+                self._idle.setdefault(slot.nbytes, deque()).append(slot)
+            if idle := self._idle.get(nbytes):
+                return idle.popleft()  # oldest first: x then has the same slot in every step
             place = self._slots.take(nbytes)
+            if place is None and self._idle:
+                self._join()
+                place = self._slots.take(nbytes)
             if place is None:
                 place = self._grow(nbytes)
             segment, offset = place
@@ -64,14 +75,19 @@ class Arena:
 
     def give(self, slot: Slot) -> None:
         """Takes a slot back. Once only, and not if it was lent."""
-        self._returned.append((slot.segment, slot.offset))
+        self._returned.append(slot)
 
-    def lend(self, slot: Slot) -> memoryview:
-        """The slot's bytes; the slot is given back when this view and every other that was made of it are gone."""
-        # Of a ctypes array, whose death is the last: a slice of a memoryview does not keep the memoryview it is of.
-        lent = _bytes(slot.nbytes).from_buffer(slot.memory)
-        weakref.finalize(lent, self._returned.append, (slot.segment, slot.offset)).atexit = False
-        return memoryview(lent).cast("B")
+    def view(self, slot: Slot) -> Loan:
+        """The slot's bytes, to be looked at once they are lent. Made ahead, while a rank is still to write them."""
+        return _bytes(slot.nbytes).from_buffer(slot.memory)
+
+    def lend(self, slot: Slot, loan: Loan | None = None) -> memoryview:
+        """The slot's bytes; the slot is given back when this view, every other that was made of it, and the loan that
+        was made ahead are gone."""
+        if loan is None:
+            loan = self.view(slot)
+        weakref.finalize(loan, self._returned.append, slot).atexit = False
+        return memoryview(loan).cast("B")
 
     @property
     def capacity(self) -> int:
@@ -82,7 +98,7 @@ class Arena:
     def in_use(self) -> int:
         """Bytes of the slots that somebody has."""
         with self._lock:
-            self._collect()
+            self._join()
             return self._slots.in_use
 
     def close(self) -> None:
@@ -96,9 +112,14 @@ class Arena:
         self._segments[segment_id] = segment
         self._slots.add(segment_id, segment.nbytes)
 
-    def _collect(self) -> None:
+    def _join(self) -> None:
+        """Joins what was given back with what is free beside it."""
+        for slots in self._idle.values():
+            self._returned.extend(slots)
+        self._idle.clear()
         while self._returned:
-            self._slots.give(*self._returned.popleft())
+            slot = self._returned.popleft()
+            self._slots.give(slot.segment, slot.offset)
 
     def _grow(self, nbytes: int) -> tuple[int, int]:
         try:
