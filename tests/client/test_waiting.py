@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,21 @@ def stop_when(event: threading.Event):
             raise Stopped
 
     return interrupt
+
+
+class Blind:
+    """A poll object that says when a thread begins to wait on it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.entered = threading.Event()
+
+    def poll(self, timeout: float | None) -> Any:
+        self.entered.set()
+        return self.inner.poll(timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
 
 # ------------------------------------------------------------------------------------------------------- threads
@@ -97,9 +113,11 @@ def test_a_sender_that_reads_the_readers_answer_wakes_it(daemon: FakeDaemon, sha
     daemon.hold.add("denoise")
     run, connection = sharing.open_run(MODEL), sharing._connection
     assert connection is not None
-    connection._channel._poll.unregister(connection._channel._socket_fd)
+    blind = connection._channel._poll = Blind(connection._channel._poll)  # type: ignore[assignment]
+    blind.inner.unregister(connection._channel._socket_fd)
     waiting = later(run.denoise, [(x(), 0.0, "c")])
     daemon.wait_for("denoise")
+    assert blind.entered.wait(10)
     daemon.let_go()
     deadline = time.monotonic() + 10
     while not waiting.done():

@@ -18,10 +18,9 @@ from pathlib import Path
 import pytest
 
 from tests.handoff.host import MIB, Host, descriptors, segments_of
-from xditd.handoff import passing, records
+from xditd.handoff import passing, records, segments
 from xditd.handoff.arena import Arena
 from xditd.handoff.lease import Lease
-from xditd.handoff.segments import create
 from xditd.protocol import codec
 from xditd.protocol.errors import Code, XditError
 
@@ -380,6 +379,29 @@ def test_a_client_that_goes_while_its_segment_is_made_costs_nothing(host: Host) 
     assert len(descriptors()) == before
 
 
+def test_a_daemon_that_stops_while_a_segment_is_made_keeps_nothing_of_it(tmp_path: Path, monkeypatch) -> None:
+    begun, go_on, create = threading.Event(), threading.Event(), segments.create
+
+    def slow(nbytes: int) -> int:
+        begun.set()
+        assert go_on.wait(10)
+        return create(nbytes)
+
+    with Host(tmp_path / "a.sock") as host:
+        before = len(descriptors())
+        monkeypatch.setattr(segments, "create", slow)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(host.path)
+            assert begun.wait(10)
+            closing = threading.Thread(target=host.close)
+            closing.start()
+            host.until(lambda: not host.arenas.list())
+            go_on.set()
+            closing.join(10)
+        assert host.arenas.in_use_bytes == 0
+        assert len(descriptors()) == before - 2  # the listener, and the spare one
+
+
 def test_leases_stop_at_their_share_of_descriptors(tmp_path: Path) -> None:
     with Host(tmp_path / "a.sock", max_descriptors=5) as host:
         clients = [lease(host), lease(host)]
@@ -447,7 +469,7 @@ def test_a_daemon_of_another_version_of_the_exchange_is_refused(tmp_path: Path) 
 
         def serve() -> None:
             sock, _ = listener.accept()
-            fd = create(4096)
+            fd = segments.create(4096)
             passing.send(sock, records.Leased(version=2, token="t", segment=1, nbytes=4096), fd)
             os.close(fd)
             sock.close()

@@ -91,6 +91,10 @@ def test_dropped_segments_are_closed_and_unmapped_those_never_read_too(pair) -> 
     give(daemon, 3)
     received.drop([1, 2, 3, 99])
     assert len(received) == 0
+    give(daemon, 4)
+    received.get(4)
+    assert len(received) == 1  # the third was not left to be read now
+    received.drop([4])
     view[:] = b"live"  # a turn under way may still read what it reads
     del view
     assert segments_of() == before
