@@ -281,7 +281,7 @@ class Connection:
                 self._channel.calm()
             if self.lost is not None:
                 return
-            self._receive(request)
+            self._receive(request, reading=True)
             hung_up = watched and self.lost is None and self._channel.hung_up
         if hung_up:
             self._hear_last_words(request)
@@ -313,13 +313,18 @@ class Connection:
 
     # ------------------------------------------------------------------------------- with the lock held, all below
 
-    def _receive(self, me: Request | None) -> None:
-        """Reads and hands out all that has come. `me` is the request of the thread that calls."""
+    def _receive(self, me: Request | None, *, reading: bool = False) -> None:
+        """Reads and hands out all that has come. `me` is the request of the thread that calls.
+
+        The reader stops at its own answer: the channel knows that there may be more, and does not let the next wait.
+        """
         while self.lost is None:
             message = self._channel.receive()
             if message is None:
                 return
             self._dispatch(*message, me)
+            if reading and me is not None and me.answer is not None:
+                return
 
     def _dispatch(self, header: bytes, frames: list[Any], me: Request | None) -> None:
         try:
