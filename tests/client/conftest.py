@@ -23,9 +23,11 @@ def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
         yield daemon
 
 
-@pytest.fixture(params=["shared memory", "frames"])
+@pytest.fixture(params=["lane", "shared memory", "frames"])
 def client(daemon: FakeDaemon, request: pytest.FixtureRequest) -> Iterator[Client]:
-    with Client(daemon.endpoint, shared_memory=request.param == "shared memory") as client:
+    """By every way that tensors and steps may take."""
+    daemon.lanes = request.param == "lane"
+    with Client(daemon.endpoint, shared_memory=request.param != "frames") as client:
         yield client
 
 

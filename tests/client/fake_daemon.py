@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from xditd.daemon.arenas import Arena, Arenas
+from xditd.handoff.lane import Lane
 from xditd.handoff.segments import Segment
 from xditd.protocol import codec
 from xditd.protocol import messages as m
@@ -49,6 +50,7 @@ class FakeDaemon:
 
     Attributes:
         hold: kinds of requests, by tag, that are kept until `let_go`.
+        lanes: clients that share memory get a lane.
         seen: every request that came, in order.
     """
 
@@ -58,6 +60,7 @@ class FakeDaemon:
         self.endpoint = f"ipc://{path}"
         self.epoch = os.urandom(4).hex()
         self.version = version
+        self.lanes = False
         self.hold: set[str] = set()
         self.seen: list[Any] = []
         self.gone: list[str] = []
@@ -66,6 +69,8 @@ class FakeDaemon:
         self._news = threading.Condition()
         self._held: list[tuple[bytes, Any, list[Any]]] = []
         self._peers: dict[bytes, Arena | None] = {}
+        self._lanes: dict[bytes, Lane] = {}
+        self._by_lane: set[tuple[bytes, int]] = set()  # requests that came by a lane
         self._maps: dict[int, Segment] = {}
         self._runs = itertools.count(1)
         self._started = threading.Event()
@@ -131,7 +136,9 @@ class FakeDaemon:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self.arenas = Arenas(self._path + ".arena", *self._sizes, self._lease_ended)
+        self.arenas = Arenas(
+            self._path + ".arena", *self._sizes, self._lease_ended, on_lane=self._lane_opened
+        )
         await self.arenas.start()
         context: zmq.Context[Any] = zmq.Context()
         self._router = context.socket(zmq.ROUTER)
@@ -143,6 +150,8 @@ class FakeDaemon:
         await self._stop.wait()
         self._loop.remove_reader(fd)
         await self.arenas.close()
+        for peer in list(self._lanes):
+            self._close_lane(peer)
         self._router.close(0)
         context.term()
 
@@ -154,14 +163,35 @@ class FakeDaemon:
     def _drain(self) -> None:
         while int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             peer, header, *frames = self._router.recv_multipart()
+            self._take(peer, codec.decode(header, m.Request, m.REQUESTS), frames)
+
+    def _take(self, peer: bytes, message: Any, frames: list[bytes]) -> None:
+        if message.__struct_config__.tag in self.hold:
+            self._held.append((peer, message, frames))
+        else:
+            self._answer(peer, message, frames)
+        with self._news:
+            self.seen.append(message)
+            self._news.notify_all()
+
+    def _lane_opened(self, token: str, lane: Lane) -> None:
+        (peer,) = [peer for peer, arena in self._peers.items() if arena is not None and arena.token == token]
+        self._lanes[peer] = lane
+        self._loop.add_reader(lane.fileno(), self._hear, peer, lane)
+
+    def _hear(self, peer: bytes, lane: Lane) -> None:
+        header = lane.receive()
+        if header:
             message = codec.decode(header, m.Request, m.REQUESTS)
-            if message.__struct_config__.tag in self.hold:
-                self._held.append((peer, message, frames))
-            else:
-                self._answer(peer, message, frames)
-            with self._news:
-                self.seen.append(message)
-                self._news.notify_all()
+            self._by_lane.add((peer, message.id))
+            self._take(peer, message, [])
+        elif header is not None:
+            self._close_lane(peer)
+
+    def _close_lane(self, peer: bytes) -> None:
+        lane = self._lanes.pop(peer)
+        self._loop.remove_reader(lane.fileno())
+        lane.close()
 
     def _let_go(self, tag: str) -> None:
         held, self._held = self._held, []
@@ -179,7 +209,11 @@ class FakeDaemon:
         self._send(peer, answer, tuple(out))
 
     def _send(self, peer: bytes, message: Any, frames: tuple[Any, ...] = ()) -> None:
-        self._router.send_multipart([peer, codec.encode(message), *frames])
+        header = codec.encode(message)
+        if (peer, getattr(message, "re", None)) in self._by_lane and not frames and peer in self._lanes:
+            assert self._lanes[peer].send(header)
+            return
+        self._router.send_multipart([peer, header, *frames])
         self._loop.call_soon(self._drain)  # the send may have swallowed the edge of what came meanwhile
 
     def _work(self, peer: bytes, message: Any, frames: list[bytes]) -> tuple[Any, list[bytes]]:
@@ -266,8 +300,14 @@ class FakeDaemon:
         )
 
     def _welcome(self, message: m.Hello) -> m.Welcome:
+        capabilities = ("flux", "lane") if self.lanes else ("flux",)
         return m.Welcome(
-            re=message.id, version=1, daemon="0.fake", epoch=self.epoch, capabilities=("flux",), limits=LIMITS
+            re=message.id,
+            version=1,
+            daemon="0.fake",
+            epoch=self.epoch,
+            capabilities=capabilities,
+            limits=LIMITS,
         )
 
     def _status(self, message: m.Status) -> m.StatusReport:

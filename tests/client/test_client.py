@@ -32,7 +32,7 @@ def in_use(client: Client) -> int:
 def test_it_knows_its_daemon(daemon: FakeDaemon, client: Client) -> None:
     assert client.epoch == daemon.epoch
     assert client.daemon_version == "0.fake"
-    assert client.capabilities == ("flux",)
+    assert "flux" in client.capabilities
     assert client.limits.runs == 16
     assert client.status().state == "serving"
     assert client.models().models[0].family == "flux"
@@ -74,6 +74,20 @@ def test_a_run_denoises_what_it_is_given_and_leaves_nothing(daemon: FakeDaemon, 
     assert put.tensors["context"].shape == (1, 5, 4)
     assert daemon.wait_for("denoise")[0].items[1].t == (1.0, 1.0)
     assert daemon.wait_for("close")[0].run == run.id
+
+
+@pytest.mark.parametrize("lanes", [True, False])
+def test_steps_take_the_lane_where_the_daemon_offers_one_and_its_loss_is_no_loss(
+    daemon: FakeDaemon, lanes: bool
+) -> None:
+    daemon.lanes = lanes
+    with Client(daemon.endpoint) as client, client.open_run(MODEL) as run:
+        run.denoise([(x(), 0.0, "c")])
+        assert len(daemon._by_lane) == lanes
+        for peer in list(daemon._lanes):
+            daemon.do(lambda peer=peer: daemon._close_lane(peer))
+        run.denoise([(x(), 0.0, "c")])
+        assert len(daemon._by_lane) == lanes
 
 
 def test_any_strides_and_dtypes_arrive_as_they_are(client: Client) -> None:

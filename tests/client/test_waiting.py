@@ -201,6 +201,7 @@ def test_a_slot_of_a_request_that_was_left_is_not_used_again_until_its_answer_ca
     with pytest.raises(Stopped):
         run.denoise([(x(), 0.0, "c")], interrupt=stop)
     (left,) = daemon.wait_for("denoise")
+    daemon.wait_for("cancel")
     held = in_use(sharing)
     assert held == 2 * 4096 + 5 * 64 * 4
     daemon.hold.clear()
@@ -213,9 +214,8 @@ def test_a_slot_of_a_request_that_was_left_is_not_used_again_until_its_answer_ca
         assert all(result.isfinite().all() for result in results)
         results.clear()
 
-    daemon.let_go(
-        "denoise"
-    )  # the late answer comes, nobody gets it, and its slots are free; not the conditioning's
+    # The late answer comes, nobody gets it, and its slots are free; not the conditioning's.
+    daemon.let_go("denoise")
     sharing.status()
     assert in_use(sharing) == 5 * 64 * 4
     daemon.let_go("cancel")

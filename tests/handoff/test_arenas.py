@@ -20,6 +20,7 @@ import pytest
 from tests.handoff.host import MIB, Host, descriptors, segments_of
 from xditd.handoff import passing, records, segments
 from xditd.handoff.arena import Arena
+from xditd.handoff.lane import Lane
 from xditd.handoff.lease import Lease
 from xditd.protocol import codec
 from xditd.protocol.errors import Code, XditError
@@ -194,6 +195,67 @@ def test_results_outlive_their_arena(host: Host) -> None:
     assert segments_of() == before
 
 
+# ------------------------------------------------------------------------------------------------------------ lanes
+
+
+def test_a_lane_carries_messages_both_ways_and_ends_with_either_end(tmp_path: Path) -> None:
+    lanes: dict[str, Lane] = {}
+    with Host(tmp_path / "a.sock", on_lane=lanes.__setitem__) as host:
+        ours = lease(host)
+        host.do(lambda: host.arenas.claim(ours.token))
+        lane = ours.open_lane()
+        theirs = lanes[ours.token]
+        assert lane.receive() is None
+        assert lane.send(b"ask")
+        assert theirs.receive() == b"ask"
+        assert theirs.send(b"one")
+        assert theirs.send(b"two")
+        assert (lane.receive(), lane.receive(), lane.receive()) == (b"one", b"two", None)
+        assert any(not lane.send(bytes(60_000)) for _ in range(100))  # full is said, not waited for
+        lane.close()
+        while theirs.receive():
+            pass
+        assert theirs.receive() == b""
+        assert not theirs.send(b"anybody?")
+        theirs.close()
+        ours.close()
+
+
+@pytest.mark.parametrize("reason", ["no hello", "a second one", "no lanes here"])
+def test_who_may_have_no_lane_is_told_so(tmp_path: Path, reason: str) -> None:
+    lanes: dict[str, Lane] = {}
+    given = None if reason == "no lanes here" else lanes.__setitem__
+    with Host(tmp_path / "a.sock", on_lane=given) as host:
+        ours = lease(host)
+        if reason != "no hello":
+            host.do(lambda: host.arenas.claim(ours.token))
+        if reason == "a second one":
+            ours.open_lane().close()
+        with pytest.raises(XditError) as refusal:
+            ours.open_lane()
+        assert refusal.value.code == Code.NOT_PERMITTED
+        for lane in lanes.values():
+            lane.close()
+
+
+def test_lanes_count_as_descriptors_and_come_back(tmp_path: Path) -> None:
+    lanes: list[Lane] = []
+    with Host(tmp_path / "a.sock", max_descriptors=5, on_lane=lambda token, lane: lanes.append(lane)) as host:
+        for _ in range(3):
+            one, two = lease(host), lease(host)
+            for client in (one, two):
+                host.do(lambda client=client: host.arenas.claim(client.token))
+            with pytest.raises(XditError) as refusal:
+                two.open_lane()
+            assert refusal.value.code == Code.ARENA_EXHAUSTED
+            two.close()
+            host.until(lambda: len(host.arenas.list()) == 1)
+            one.open_lane().close()
+            one.close()
+            host.until(lambda: not host.arenas.list())
+            lanes.pop().close()
+
+
 # ------------------------------------------------------------------------------------------------------------- ends
 
 
@@ -203,6 +265,7 @@ def test_killed_clients_leave_no_memory_no_descriptor_and_are_told_of_once(tmp_p
 
 
 def kill_clients(host: Host) -> None:
+    gc.collect()
     before = (len(descriptors()), segments_of())
     tokens: list[str] = []
     processes = []
