@@ -28,7 +28,7 @@ def write(path: Path, size: Size, device: torch.device, seed: int = 0) -> None:
         header += b" " * (-len(header) % 8)
         file.write(struct.pack("<Q", len(header)) + header)
         for value in _values(shapes, size.dtype, device, seed):
-            file.write(value.view(-1).view(torch.uint8).cpu().numpy())
+            file.write(value.view(-1).view(torch.uint8).cpu().numpy().data)
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, object]:

@@ -47,7 +47,7 @@ class HttpJson:
 
 
 def to_json(tensor: torch.Tensor) -> dict[str, Any]:
-    data = base64.b64encode(tensor.contiguous().view(torch.uint8).numpy()).decode("ascii")
+    data = base64.b64encode(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).decode("ascii")
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "data": data}
 
 

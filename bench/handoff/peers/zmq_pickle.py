@@ -28,8 +28,8 @@ class ZmqPickle:
             child.start(__name__, "daemon", args=(front, back)),
             child.start(__name__, "rank", args=(back,)),
         ]
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.linger = 0
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(front)
         self.once("S", {"x": torch.zeros(1)})
 
