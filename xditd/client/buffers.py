@@ -16,8 +16,15 @@ class Source(Protocol):
     shape: tuple[int, ...]
     nbytes: int
 
-    def write(self, memory: memoryview) -> None:
-        """Fills `memory`, `nbytes` long, row-major: the one copy on the way out."""
+    def write(self, memory: memoryview, kept: Any) -> Any:
+        """Fills `memory`, `nbytes` long, row-major: the one copy on the way out.
+
+        Args:
+            kept: what the last write to the same memory returned, or None.
+
+        Returns:
+            What the next write to it may use.
+        """
 
 
 class Buffer:
@@ -45,5 +52,5 @@ class Buffer:
                 Code.BAD_TENSOR, f"{self.nbytes} bytes are no {dtype} tensor of shape {list(shape)}."
             )
 
-    def write(self, memory: memoryview) -> None:
+    def write(self, memory: memoryview, kept: Any) -> None:
         memory[:] = self.memory

@@ -146,13 +146,18 @@ class Channel:
         """
         if self._look_at_socket or self._look_at_lane:
             return False, False
-        fds = [fd for fd, _ in self._poll.poll(None if timeout is None else timeout * 1000)]
-        if self._socket_fd in fds:
-            self._look_at_socket = True
-        if self._lane_fd in fds:
-            self._look_at_lane = True
-        watched = self._lease_fd in fds if self._lease is not None else bool(fds)
-        return self._wake in fds, watched
+        woken = watched = False
+        for fd, _ in self._poll.poll(None if timeout is None else timeout * 1000):
+            if fd == self._lane_fd:
+                self._look_at_lane = True
+            elif fd == self._socket_fd:
+                self._look_at_socket = True
+                watched = watched or self._lease is None
+            elif fd == self._wake:
+                woken = True
+            else:  # the lease, or without one ZeroMQ's monitor
+                watched = True
+        return woken, watched
 
     def poll_messages(self, timeout: float) -> None:
         """Waits for a message alone, where the hang-up is known."""

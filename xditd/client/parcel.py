@@ -52,11 +52,11 @@ class Parcel:
                     "use shared memory, or send it in parts.",
                 )
             frame = bytearray(source.nbytes)
-            source.write(memoryview(frame))
+            source.write(memoryview(frame), None)
             self.frames.append(frame)
             return Tensor(dtype=source.dtype, shape=source.shape, frame=len(self.frames) - 1)
         slot, tensor = self._take(self._arena, source.dtype, source.shape, source.nbytes)
-        source.write(slot.memory)
+        slot.kept = source.write(slot.memory, slot.kept)
         return tensor
 
     def room(self, dtype: str, shape: tuple[int, ...], nbytes: int) -> Tensor | None:

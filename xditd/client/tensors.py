@@ -37,9 +37,11 @@ class TensorSource:
             raise XditError(Code.BAD_TENSOR, f"A tensor of shape {list(self.shape)} is empty.")
         self.tensor = tensor
 
-    def write(self, memory: memoryview) -> None:
-        target = torch.frombuffer(memory, dtype=self.tensor.dtype)
-        target.view(self.shape).copy_(self.tensor.detach())
+    def write(self, memory: memoryview, kept: torch.Tensor | None) -> torch.Tensor:
+        given = self.tensor.detach()
+        if kept is None or kept.shape != given.shape or kept.dtype != given.dtype:
+            kept = torch.frombuffer(memory, dtype=given.dtype).view(given.shape)
+        return kept.copy_(given)
 
 
 def read(buffer: Buffer) -> torch.Tensor:

@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections import deque
 from functools import lru_cache
+from typing import Any
 
 from xditd.handoff.lease import Lease
 from xditd.handoff.segments import Segment
@@ -22,15 +23,17 @@ class Slot:
     Attributes:
         segment, offset, nbytes: where it is, as a `Tensor` says it.
         memory: its bytes, writable.
+        kept: whatever its taker made of the memory, to be found by the next taker of the same slot.
     """
 
-    __slots__ = ("memory", "nbytes", "offset", "segment")
+    __slots__ = ("kept", "memory", "nbytes", "offset", "segment")
 
     def __init__(self, segment: int, offset: int, nbytes: int, memory: memoryview) -> None:
         self.segment = segment
         self.offset = offset
         self.nbytes = nbytes
         self.memory = memory
+        self.kept: Any = None
 
 
 class Arena:
