@@ -67,7 +67,10 @@ class Run:
         self._timeout = timeout
         self._pid = os.getpid()
         self._ended: XditError | None = None
-        self._kept: list[Parcel] = []  # of the conditioning: ranks may read it for as long as the run lives
+        self._kept: dict[
+            str, Parcel
+        ] = {}  # of the conditioning: ranks may read it for as long as the run lives
+        self._replaced: list[Parcel] = []  # of conditioning that was put anew since
         connection.listeners[self.id] = self._over
 
     # ------------------------------------------------------------------------------------------------ what it does
@@ -91,7 +94,10 @@ class Run:
         fields = {"run": self.id, "key": key, "tensors": described, "values": dict(values or {})}
         request = self._connection.begin(m.PutConditioning, fields, parcel)
         self._finish(request, self._hear, None, self._timeout)
-        self._kept.append(parcel)
+        replaced = self._kept.pop(key, None)
+        self._kept[key] = parcel
+        if replaced is not None:
+            self._replaced.append(replaced)
 
     def denoise(
         self, items: Sequence[tuple[T, Times, str]], *, interrupt: Interrupt | None = None
@@ -117,12 +123,14 @@ class Run:
         except BaseException:
             parcel.release()
             raise
+        replaced = self._replaced[:]
         request = self._connection.begin(m.Denoise, {"run": self.id, "items": tuple(asked)}, parcel)
         ahead = [parcel.ahead(room) for room in rooms]  # the ranks are at work: this costs no time now
         results: list[Any] = [
             None if buffer is None else _like(x, buffer) for (x, *_), buffer in zip(items, ahead, strict=True)
         ]
         answer, frames = self._finish(request, self._hear, interrupt)
+        self._forget(replaced)
         try:
             if len(answer.outputs) != len(rooms):
                 raise XditError(
@@ -193,6 +201,7 @@ class Run:
         except BaseException:
             parcel.release()
             raise
+        replaced = self._replaced[:]
         request = self._connection.begin(m.Sample, fields, parcel)
 
         def hear(event: Any, frames: list[Any]) -> None:
@@ -207,6 +216,7 @@ class Run:
             callback(event.step, event.total, event.sigma, x0)
 
         answer, frames = self._finish(request, hear, interrupt)
+        self._forget(replaced)
         try:
             return _like(noise, parcel.open(answer.latent, room, frames))
         finally:
@@ -279,7 +289,9 @@ class Run:
             if isinstance(answer, m.RunEnded):
                 self._ended = XditError(answer.code, answer.message)
         while self._kept:
-            self._kept.pop().release()
+            self._kept.popitem()[1].release()
+        while self._replaced:
+            self._replaced.pop().release()
         self._connection.listeners.pop(self.id, None)
 
     # ----------------------------------------------------------------------------------------------------- asking
@@ -314,6 +326,14 @@ class Run:
         self, kind: type[Struct], fields: dict[str, Any], parcel: Parcel, interrupt: Interrupt | None
     ) -> tuple[Any, list[Any]]:
         return self._finish(self._connection.begin(kind, fields, parcel), self._hear, interrupt)
+
+    def _forget(self, replaced: list[Parcel]) -> None:
+        """A turn is answered that was asked after these were put anew: the ranks have read what came before it, and a
+        group that takes the run over is given what there is now."""
+        for parcel in replaced:
+            if parcel in self._replaced:
+                self._replaced.remove(parcel)
+                parcel.release()
 
     def _hear(self, event: Any, frames: list[Any]) -> None:
         if isinstance(event, m.Rebound):

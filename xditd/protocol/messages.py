@@ -222,7 +222,11 @@ class OpenRun(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="open_r
 class PutConditioning(
     Struct, frozen=True, kw_only=True, omit_defaults=True, tag="put_conditioning", tag_field="type"
 ):
-    """Give the run a conditioning under a key. Its slots must stay as they are until the run is closed."""
+    """Give the run a conditioning under a key.
+
+    Its slots must stay as they are until the run has ended, or until the key has another and a turn asked after that
+    is answered.
+    """
 
     id: Id
     run: Id
