@@ -69,6 +69,8 @@ def test_a_killed_daemon_fails_what_is_under_way_at_once_in_every_thread(
     with killable(tmp_path / "d") as process, Client(f"ipc://{tmp_path}/d", shared_memory=shared) as client:
         run = client.open_run(MODEL)
         process.send_signal(signal.SIGSTOP)
+        while " T " not in Path(f"/proc/{process.pid}/stat").read_text():  # it may still answer until then
+            time.sleep(0.001)
         waiting = [later(client.status) for _ in range(3)]
         waiting.append(later(run.denoise, [(x(), 0.0, "c")]))  # type: ignore[arg-type]
         while not client._connection or len(client._connection._requests) < 4:
