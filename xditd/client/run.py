@@ -71,12 +71,18 @@ class Run:
             str, Parcel
         ] = {}  # of the conditioning: ranks may read it for as long as the run lives
         self._replaced: list[Parcel] = []  # of conditioning that was put anew since
+        self._unheard: list[Request] = []  # of conditioning whose answer was not waited for
         connection.listeners[self.id] = self._over
 
     # ------------------------------------------------------------------------------------------------ what it does
 
     def put_conditioning(
-        self, key: str, tensors: Mapping[str, T], values: Mapping[str, float] | None = None
+        self,
+        key: str,
+        tensors: Mapping[str, T],
+        values: Mapping[str, float] | None = None,
+        *,
+        wait: bool = True,
     ) -> None:
         """Gives the run a conditioning under a key, once for all its steps.
 
@@ -84,6 +90,8 @@ class Run:
             key: what `denoise` and `sample` call it by, 1 to 128 characters.
             tensors: by the family's names; for Flux "context" [B, L, D] and "pooled" [B, D].
             values: numbers that belong to it, such as "guidance".
+            wait: with False it returns when the conditioning is sent, and what the daemon has against it is raised by
+                the next `denoise` or `sample`, whatever key that names.
         """
         parcel = self._parcel()
         try:
@@ -93,7 +101,10 @@ class Run:
             raise
         fields = {"run": self.id, "key": key, "tensors": described, "values": dict(values or {})}
         request = self._connection.begin(m.PutConditioning, fields, parcel)
-        self._finish(request, self._hear, None, self._timeout)
+        if wait:
+            self._finish(request, self._hear, None, self._timeout)
+        else:
+            self._unheard.append(request)
         replaced = self._kept.pop(key, None)
         self._kept[key] = parcel
         if replaced is not None:
@@ -129,8 +140,7 @@ class Run:
         results: list[Any] = [
             None if buffer is None else _like(x, buffer) for (x, *_), buffer in zip(items, ahead, strict=True)
         ]
-        answer, frames = self._finish(request, self._hear, interrupt)
-        self._forget(replaced)
+        answer, frames = self._finish_turn(request, replaced, self._hear, interrupt)
         try:
             if len(answer.outputs) != len(rooms):
                 raise XditError(
@@ -215,8 +225,7 @@ class Run:
                     x0 = None  # the rank may have begun to write over it while it was copied
             callback(event.step, event.total, event.sigma, x0)
 
-        answer, frames = self._finish(request, hear, interrupt)
-        self._forget(replaced)
+        answer, frames = self._finish_turn(request, replaced, hear, interrupt)
         try:
             return _like(noise, parcel.open(answer.latent, room, frames))
         finally:
@@ -327,13 +336,35 @@ class Run:
     ) -> tuple[Any, list[Any]]:
         return self._finish(self._connection.begin(kind, fields, parcel), self._hear, interrupt)
 
-    def _forget(self, replaced: list[Parcel]) -> None:
-        """A turn is answered that was asked after these were put anew: the ranks have read what came before it, and a
-        group that takes the run over is given what there is now."""
+    def _finish_turn(
+        self, request: Request, replaced: list[Parcel], hear: Hear, interrupt: Interrupt | None
+    ) -> tuple[Any, list[Any]]:
+        """Waits for the answer of a turn, and looks at those that were not waited for before it.
+
+        Args:
+            replaced: of the conditioning that had been put anew when the turn was asked. Its answer tells that the
+                ranks have read what came before; and a group that takes the run over is given what there is now.
+        """
+        try:
+            answer = self._finish(request, hear, interrupt)
+        except XditError:
+            self._hear_conditioning()  # if that was refused, it is the cause
+            raise
+        try:
+            self._hear_conditioning()
+        except BaseException:
+            if request.parcel is not None:
+                request.parcel.release()
+            raise
         for parcel in replaced:
             if parcel in self._replaced:
                 self._replaced.remove(parcel)
                 parcel.release()
+        return answer
+
+    def _hear_conditioning(self) -> None:
+        while self._unheard:
+            self._finish(self._unheard.pop(0), self._hear, None, self._timeout)
 
     def _hear(self, event: Any, frames: list[Any]) -> None:
         if isinstance(event, m.Rebound):

@@ -82,12 +82,11 @@ class Ranks:
             log.error("%s", error.message, extra={"group": group.name, "code": error.code})
             self.executor.kill(group.name)
             return
-        quick = isinstance(order, o.TURNS) and not frames
         for rank in range(len(group.ranks)):
             process = self.executor.processes.get((group.name, rank))
             if process is None:
                 continue  # it is dead, and the dispatcher about to hear of it
-            if quick and process.lane.send(o.AFTER.pack(process.ordered) + header):
+            if not frames and process.lane.send(o.AFTER.pack(process.ordered) + header):
                 continue
             # A rank that cannot be reached is dead, and its pidfd is about to say so.
             self._wire.send(_identity(group, rank), header, frames if rank == 0 else ())

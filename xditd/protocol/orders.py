@@ -35,7 +35,7 @@ class RankSpec(Struct, frozen=True, kw_only=True):
     variant: str
     dtype: str  # compute dtype
     arena_fd: int = -1  # rank 0: the socket that segments' descriptors come by
-    lane_fd: int = -1  # a shortcut for turns (`handoff.lane`); without it they come by ZeroMQ like all orders
+    lane_fd: int = -1  # a shortcut for orders without frames (`handoff.lane`); without it they come by ZeroMQ
     threads: int = 0  # of a CPU rank; 0 leaves torch's choice
     compile: bool = False  # regional torch.compile
     options: dict[str, str] = field(default_factory=dict)  # of tests and benchmarks

@@ -1,6 +1,7 @@
 """The orders of a rank, in the order in which the daemon gave them, whichever way they came. Knows no order's meaning.
 
-All may come by ZeroMQ; a turn may take the lane, which is quicker, and says how many orders it is to come after.
+An order without frames takes the lane, which is quicker, while that has room; it says how many orders by ZeroMQ it is
+to come after. One by ZeroMQ comes after all that were in the lane when it was sent.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Inbox:
         self._socket = socket
         self._lane = lane
         self._taken = 0  # orders, of those that came by ZeroMQ
-        self._early: tuple[int, Any] | None = None  # a turn, and how many orders it is to come after
+        self._early: tuple[int, Any] | None = None  # an order, and how many by ZeroMQ it is to come after
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         if lane is not None:
@@ -38,8 +39,8 @@ class Inbox:
             self._poller.poll()
             self._look_at(self._lane)
         if self._early is not None and self._early[0] <= self._taken:
-            turn, self._early = self._early[1], None
-            return turn, []
+            order, self._early = self._early[1], None
+            return order, []
         header, *frames = self._socket.recv_multipart(copy=False)
         self._taken += 1
         return decode(header.buffer, orders.Order, orders.ORDERS), frames

@@ -39,7 +39,8 @@ class Xditd:
         if payload == "XL":
             return self._vae.decode(inputs["latent"])
         if payload == "M":
-            self._run.put_conditioning("job", {"context": inputs["context"], "pooled": inputs["pooled"]})
+            conditioning = {name: inputs[name] for name in ("context", "pooled")}
+            self._run.put_conditioning("job", conditioning, wait=False)
         return self._run.denoise([(inputs["x"], SIGMA, "job")])[0]
 
     def stop(self) -> None:
