@@ -110,8 +110,10 @@ class Clients:
         session, header = self.sessions.get(peer), codec.encode(reply)
         if session is not None and not frames and session.answer_by_lane(reply, header):
             return
-        if not self._wire.send(peer, header, frames) and peer in self.sessions:
-            self._disconnect(self.sessions[peer], "gone, or too slow to take its answers")
+        if not self._wire.send(peer, header, frames) and session is not None:
+            # Soon, not now: who answers is in the middle of deciding about the runs that would end here.
+            why = "gone, or too slow to take its answers"
+            asyncio.get_running_loop().call_soon(self._disconnect, session, why)
 
     def forget_quiet(self, holding: set[bytes], now: float) -> None:
         """Forgets clients without a lease that hold no run and have been quiet: they leave no end of file."""
