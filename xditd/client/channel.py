@@ -1,4 +1,6 @@
-"""A channel: the descriptors of one connection, ZeroMQ's and a lane's among them. It knows no messages, no requests and no lock.
+"""A channel: the descriptors of one connection, ZeroMQ's and a lane's among them.
+
+It knows no messages, no requests and no lock.
 
 Its owner calls everything but `poll` and `poll_messages` with a lock held. ZeroMQ's descriptor is edge-triggered:
 any call may swallow the edge that announced a message. So whoever touched the socket leaves a note that there may be

@@ -131,9 +131,8 @@ class Connection:
             if self.lost is not None:
                 _release(parcel)
                 raise anew(self.lost)
-            self._last_id += (
-                1  # inside the lock: the daemon takes an id that is not above the last for a duplicate
-            )
+            # Inside the lock: the daemon takes an id that is not above the last one for a duplicate.
+            self._last_id += 1
             request = Request(self._last_id, kind, parcel)
             try:
                 header = codec.encode(kind(id=request.id, **fields))

@@ -1,8 +1,8 @@
 """Arenas: the shared memory of every client, from the daemon's side. It touches no tensor bytes and maps nothing.
 
 Each connection to the arena socket is a lease: it opens with a token and a first segment, may grow and be given a
-lane, and its end of file frees all of it. The server claims a lease when its token comes in a `Hello`, and passes its segments to ranks.
-It knows no runs and no ZeroMQ.
+lane, and its end of file frees all of it. The server claims a lease when its token comes in a `Hello`, and passes
+its segments to ranks. It knows no runs and no ZeroMQ.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ T = TypeVar("T")
 
 
 class Lease:
-    """Connects to a daemon's arena socket and receives a token and the first segment. `grow` and `open_lane` are for one thread at a
-    time.
+    """Connects to a daemon's arena socket and receives a token and the first segment.
+
+    `grow` and `open_lane` are for one thread at a time.
 
     Args:
         path: the arena socket.

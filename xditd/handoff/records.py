@@ -2,7 +2,8 @@
 
 On a daemon's arena socket: the daemon opens with `leased` and a descriptor, or `refused` and end of file. The
 client asks with `grow` or `open_lane`, one at a time; the answer is `segment` or `lane` and a descriptor, or
-`refused`. The connection is the lease: its end ends it. To rank 0 of a group, only `segment` records go, each with a descriptor.
+`refused`. The connection is the lease: its end ends it. To rank 0 of a group, only `segment` records go, each with
+a descriptor.
 """
 
 from __future__ import annotations
