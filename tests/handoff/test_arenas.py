@@ -109,14 +109,6 @@ def test_a_stale_socket_is_replaced_but_nothing_else(tmp_path: Path) -> None:
     assert precious.read_text() == "not a socket"
 
 
-def test_where_no_memory_can_be_shared_nothing_listens(tmp_path: Path) -> None:
-    host = Host(tmp_path / "a.sock")
-    host.arenas._path = None
-    with host:
-        assert not (tmp_path / "a.sock").exists()
-        assert host.do(host.arenas.list) == []
-
-
 # -------------------------------------------------------------------------------------------------- growth, limits
 
 

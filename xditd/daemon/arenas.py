@@ -8,8 +8,6 @@ its segments to ranks. It knows no runs and no ZeroMQ.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import itertools
 import logging
 import mmap
@@ -17,17 +15,16 @@ import os
 import resource
 import secrets
 import socket
-import stat
 import struct
 from collections.abc import Callable
 
+from xditd.daemon.listener import Listener
 from xditd.handoff import passing, records, segments
 from xditd.handoff.lane import Lane, pair
 from xditd.protocol.errors import Code, XditError
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 128
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -76,8 +73,7 @@ class Arenas:
     """Every client's arena, under a budget for each and for all.
 
     Args:
-        path: the arena socket; None where no client can share memory. A stale one is replaced: see to it that no
-            other daemon runs before `start`.
+        path: the arena socket. A stale one is replaced: see to it that no other daemon runs before `start`.
         per_client_bytes: at most, of one client.
         total_bytes: at most, of all clients.
         first_bytes: of the segment that a lease opens with, and the least that it grows by while its budget allows.
@@ -90,7 +86,7 @@ class Arenas:
 
     def __init__(
         self,
-        path: str | None,
+        path: str,
         per_client_bytes: int,
         total_bytes: int,
         first_bytes: int,
@@ -98,7 +94,6 @@ class Arenas:
         max_descriptors: int = 0,
         on_lane: Callable[[str, Lane], None] | None = None,
     ) -> None:
-        self._path = path
         self._per_client = per_client_bytes
         self._total = total_bytes
         self._first = _pages(first_bytes)
@@ -109,9 +104,7 @@ class Arenas:
         self._arenas: dict[str, Arena] = {}
         self._reserved = 0  # bytes of all segments, those being made too
         self._descriptors = 0
-        self._listener: socket.socket | None = None
-        self._spare = -1
-        self._inode = (0, 0)
+        self._listener = Listener(path, self._open, lambda sock: _refuse(sock, _no_descriptors()))
 
     async def start(self) -> None:
         """Listens. Clients may connect from here on.
@@ -119,44 +112,11 @@ class Arenas:
         Raises:
             XditError: `bad_config` where the path can not be a socket.
         """
-        path = self._path
-        if path is None:
-            return
-        listener = socket.socket(
-            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        )
-        try:
-            _clear_stale(path)
-            listener.bind(path)
-            os.chmod(path, 0o660)  # before listen: nobody can connect under other rights
-            listener.listen(_BACKLOG)
-            found = os.stat(path)
-        except OSError as error:
-            listener.close()
-            raise XditError(
-                Code.BAD_CONFIG,
-                f"Cannot listen on {path}: {error.strerror or error}. Name a path in a folder that exists and "
-                "that this user may write to.",
-            ) from error
-        except BaseException:
-            listener.close()
-            raise
-        self._inode = (found.st_dev, found.st_ino)
-        self._listener = listener
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
+        self._listener.start()
 
     async def close(self) -> None:
         """Ends every lease and removes the socket. `on_gone` is not called."""
-        listener, self._listener = self._listener, None
-        if listener is not None and self._path is not None:
-            asyncio.get_running_loop().remove_reader(listener.fileno())
-            with contextlib.suppress(FileNotFoundError):
-                found = os.stat(self._path)
-                if (found.st_dev, found.st_ino) == self._inode:  # not another daemon's by now
-                    os.unlink(self._path)
-            listener.close()
-            os.close(self._spare)
+        self._listener.close()
         growing = [arena.growing for arena in self._arenas.values() if arena.growing is not None]
         for arena in list(self._arenas.values()):
             self._end(arena)
@@ -194,60 +154,7 @@ class Arenas:
 
     # ------------------------------------------------------------------------------------------- connections
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except ConnectionError:
-                continue
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self._turn_away():
-                    continue
-                log.error("The arena socket takes no connections: %s.", error.strerror)
-                self._pause()
-                return
-            self._open(sock)
-
-    def _turn_away(self) -> bool:
-        """Out of descriptors: spends the spare one to refuse a client, which would otherwise wait unanswered."""
-        assert self._listener is not None
-        if self._spare < 0:
-            return False
-        os.close(self._spare)
-        self._spare = -1
-        try:
-            sock, _ = self._listener.accept()
-            with sock:
-                _refuse(sock, _no_descriptors())
-        except OSError:
-            return False
-        finally:
-            with contextlib.suppress(OSError):
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        log.warning("A client was turned away: no file descriptors are left.")
-        return True
-
-    def _pause(self) -> None:
-        """Stops accepting for a second: a listener that can not accept stays readable and would spin."""
-        listener = self._listener
-        assert listener is not None
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(listener.fileno())
-
-        def resume() -> None:
-            if self._listener is listener:
-                if self._spare < 0:
-                    with contextlib.suppress(OSError):
-                        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-                loop.add_reader(listener.fileno(), self._accept)
-
-        loop.call_later(1.0, resume)
-
     def _open(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
         pid, uid, _ = _CREDENTIALS.unpack(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
@@ -432,14 +339,3 @@ def _no_descriptors() -> XditError:
 
 def _pages(nbytes: int) -> int:
     return max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
-
-
-def _clear_stale(path: str) -> None:
-    """Removes a socket that a killed daemon left; refuses to remove anything else."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise XditError(Code.BAD_CONFIG, f"{path} exists and is no socket; name another path or remove it.")
-    os.unlink(path)
