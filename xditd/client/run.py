@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
@@ -410,20 +411,20 @@ def forked(pid: int) -> XditError:
 
 
 def _source(tensor: Any) -> Source:
-    if isinstance(tensor, Buffer):
-        return tensor
-    from xditd.client import tensors
-
-    return tensors.TensorSource(tensor)
+    return tensor if isinstance(tensor, Buffer) else _with_torch().TensorSource(tensor)
 
 
 def _like(given: T, result: Buffer) -> Any:
     """The result as the kind of thing that was given."""
-    if isinstance(given, Buffer):
-        return result
+    return result if isinstance(given, Buffer) else _with_torch().read(result)
+
+
+@lru_cache(maxsize=1)
+def _with_torch() -> Any:
+    """The module that imports torch: not before a tensor comes, and looked up once."""
     from xditd.client import tensors
 
-    return tensors.read(result)
+    return tensors
 
 
 def _times(t: Any) -> tuple[float, ...]:

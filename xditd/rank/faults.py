@@ -37,6 +37,8 @@ class Faults:
         self._strike("at_order", lambda value: int(value) == self._turns)
 
     def _strike(self, when: str, due: Callable[[str], bool]) -> None:
+        if not self._options:
+            return
         for name, fault in FAULTS.items():
             value = self._options.get(f"{name}_{when}")
             if value is not None and due(value):
