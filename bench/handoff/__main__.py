@@ -59,7 +59,8 @@ def main(
     with ExitStack() as stack:
         peers = _started([peer() for peer in PEERS if not only or peer.name in only], stack, console)
         turns = sum(
-            rounds_of(each, rounds) * sum(each.name in peer.payloads for peer in peers) for each in payloads
+            rounds_of(each, rounds) * sum(each.travels in peer.payloads for peer in peers)
+            for each in payloads
         )
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("racing", total=turns)

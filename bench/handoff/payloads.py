@@ -39,6 +39,14 @@ class Payload:
     warm_ups: int  # untimed calls before the timed one: caches settle after four, and hold no 50 MB
     share: float  # of the rounds that it takes part in: the slow payloads need fewer
     again: bool = False  # the job before once more with another x: its conditioning need not travel
+    paced: str = (
+        ""  # another payload's name: what travels is that, but after a pause, as between a model's steps
+    )
+
+    @property
+    def travels(self) -> str:
+        """The name that peers know it by."""
+        return self.paced or self.name
 
     def inputs_in_memory(self) -> dict[str, torch.Tensor]:
         """The inputs in private memory of the caller, every page touched."""
@@ -60,6 +68,9 @@ def renew(payload: Payload, inputs: dict[str, torch.Tensor], generator: torch.Ge
 
 
 _PAGE = 4096
+
+PAUSE = 0.02
+"""Seconds before a paced call."""
 _BF16_INFINITY = 0x7F80  # as bits; what is below is a finite number, and so equal to itself
 
 _bf16 = torch.bfloat16
@@ -67,6 +78,15 @@ _x = Form(_bf16, LATENT)
 _conditioning = {"context": Form(_bf16, CONTEXT), "pooled": Form(_bf16, POOLED)}
 
 S = Payload("S", "a step: latent 16×128×128 bf16, 0.5 MB each way", {"x": _x}, _x, 4, 1.0)
+PACED = Payload(
+    "S paced",
+    "the same step after a pause of 20 ms: every process has slept",
+    {"x": _x},
+    _x,
+    1,
+    0.5,
+    paced="S",
+)
 M = Payload(
     "M",
     "a job: context 512×4096 and pooled 768 bf16 with the latent in, the latent out",
@@ -88,6 +108,6 @@ M_AGAIN = Payload(
     "M again", "the job once more: its conditioning is there already", M.inputs, _x, 4, 0.5, again=True
 )
 
-PAYLOADS = {payload.name: payload for payload in (S, M, M_AGAIN, XL)}
+PAYLOADS = {payload.name: payload for payload in (S, PACED, M, M_AGAIN, XL)}
 SENT = (S, M, XL)
 """The payloads that every peer takes; only a peer that keeps conditioning takes the others."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench.handoff.echo import Echo, same
-from bench.handoff.payloads import Payload, refill, renew
+from bench.handoff.payloads import PAUSE, Payload, refill, renew
 from bench.handoff.peers import Peer
 
 Times = dict[str, dict[str, list[float]]]
@@ -48,7 +48,7 @@ def race(
         for payload in payloads:
             if number >= rounds_of(payload, rounds):
                 continue
-            taking = [peer for peer in peers if payload.name in peer.payloads]
+            taking = [peer for peer in peers if payload.travels in peer.payloads]
             for peer in order.sample(taking, len(taking)):
                 seconds = _turn(peer, payload, inputs[payload.name], generator, echo)
                 times[payload.name].setdefault(peer.name, []).append(seconds)
@@ -68,10 +68,12 @@ def _turn(
         peer.once("M", inputs)
     for _ in range(payload.warm_ups):
         renew(payload, inputs, generator)
-        peer.once(payload.name, inputs)
+        peer.once(payload.travels, inputs)
     renew(payload, inputs, generator)
+    if payload.paced:
+        time.sleep(PAUSE)
     begin = time.perf_counter()
-    answer = peer.once(payload.name, inputs)
+    answer = peer.once(payload.travels, inputs)
     seconds = time.perf_counter() - begin
     if not same(answer, echo(inputs)):
         raise WrongAnswer(f"{peer.name} answered payload {payload.name} with other contents than were due.")
