@@ -10,7 +10,7 @@ demo: $(READY)            ## draw a picture with two CPU ranks and show the daem
 	$(BIN)/xditctl demo
 
 test: $(READY)            ## the tests, against real daemons with real ranks
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest
 
 check: $(READY)           ## format, lint, types; the layering test is part of make test and of this
 	$(BIN)/ruff format --check .
