@@ -172,7 +172,20 @@ def test_a_sample_whose_group_died_begins_anew_from_its_noise():
     assert isinstance(world.end_of(request), m.Sampled)
 
 
-def test_a_run_is_rebound_twice_and_then_fails():
+def test_a_run_that_gets_on_is_rebound_as_often_as_it_takes():
+    world = World(restart_limit=10)
+    run = world.open_ready()
+    for _ in range(5):
+        request = world.denoise(run)
+        world.die(world.group(run))
+        world.pass_time(1.0)
+        world.ready(world.started[-1])
+        world.finish_turn(world.group(run))
+        assert isinstance(world.end_of(request), m.Denoised)
+    assert run.rebinds == 5
+
+
+def test_a_request_is_asked_three_times_and_then_its_run_fails():
     world = World(restart_limit=10)
     run = world.open_ready()
     request = world.denoise(run)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.live.conftest import FLUX, Serve
-from tests.live.service import Service, wait_for
+from tests.live.service import wait_for
 from xditd.client import Client
 from xditd.protocol.errors import XditError
 from xditd.protocol.messages import PlanRequest, Rebound
@@ -164,49 +164,3 @@ def test_a_second_daemon_refuses_and_the_first_serves_on(serve: Serve):
     assert f"pid {service.process.pid}" in second.stderr
     with service.client() as client:
         assert client.status().pid == service.process.pid
-
-
-def kill_clients(service: Service, rounds: int) -> None:
-    """Kills clients in the middle of sampling, and looks at what is left each time nothing should be."""
-    with service.client(shared_memory=False) as looker:
-
-        def quiet() -> bool:
-            status = looker.status()
-            return not status.runs and not status.arenas
-
-        def left() -> tuple[int, int, int]:
-            status = looker.status()
-            (rank,) = service.ranks()
-            return service.descriptors(), rank.num_fds(), status.arena_bytes
-
-        with service.client() as first:
-            opened(first, ONE).close()
-        wait_for(quiet, "the first client to be gone")
-        before = left()
-        rss = service.rss()
-        for _ in range(rounds):
-            victim = subprocess.Popen(
-                [sys.executable, "-m", "tests.live.victim", service.endpoint],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            assert victim.stdout is not None
-            assert victim.stdout.readline() == "1\n"
-            victim.kill()
-            victim.wait()
-            victim.stdout.close()
-            wait_for(quiet, "the client to be forgotten")
-        assert wait_for(lambda: left() == before, f"what was left before, {before}, not {left()}", 10)
-        assert service.rss() < rss + (8 << 20)
-        (group,) = looker.status().groups
-        assert group.generation == 1  # its ranks took no harm
-
-
-def test_clients_killed_in_mid_run_leave_nothing_behind(serve: Serve):
-    kill_clients(serve(**{"debug.rank_options": {"turn_seconds": "0.002"}}), rounds=5)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(3600)
-def test_200_clients_killed_in_mid_run_leave_nothing_behind(serve: Serve):
-    kill_clients(serve(**{"debug.rank_options": {"turn_seconds": "0.002"}}), rounds=200)

@@ -275,14 +275,15 @@ class Dispatcher:
             self.turns.ask(run.id)
 
     def _take_back(self, run: Run, group: Group, lost: bool, now: float) -> None:
-        """The run's group failed: it waits for the next one, a limited number of times."""
+        """The run's group failed: it waits for the next one, a limited number of times over one request."""
         if run.leaving:
             self._end(run, Code.RUN_CANCELLED, run.leaving, now)
             return
         if lost and run.asked is not None:
             run.rebinds += 1
-        if run.rebinds > MAX_REBINDS:
-            message = f"Run {run.id} lost its group {run.rebinds} times; the last: {group.problem}."
+            run.asked.rebinds += 1
+        if run.asked is not None and run.asked.rebinds > MAX_REBINDS:
+            message = f"Run {run.id} lost its group {run.asked.rebinds} times over one request; the last: {group.problem}."
             self._end(run, Code.RANK_LOST, message, now)
             return
         run.go("unbind")

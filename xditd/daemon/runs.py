@@ -24,7 +24,7 @@ from xditd.protocol.messages import (
 )
 
 MAX_REBINDS = 2
-"""How often a run is bound anew after its group died, before it fails."""
+"""How often one request is asked again of another group after its group died, before its run fails."""
 
 Work = Denoise | Sample | Decode | Encode
 """The requests that need turns of a group."""
@@ -48,6 +48,7 @@ class Asked:
     frames: Sequence[Any] = ()
     step: int = 0
     seconds: float = 0.0  # that its turns took in the ranks
+    rebinds: int = 0
     begun: bool = False  # a sample's BeginSample went out to the present group
 
     @property
@@ -77,7 +78,7 @@ class Run:
     group: str = ""
     asked: Asked | None = None
     conditioning: dict[str, tuple[PutConditioning, Sequence[Any]]] = field(default_factory=dict)
-    rebinds: int = 0
+    rebinds: int = 0  # in its whole life
     announced: bool = False  # RunOpened was sent
     leaving: str = ""  # it ends with the turn that it is in: why
     touched: float = 0.0  # monotonic seconds of the last request or answer
