@@ -21,8 +21,7 @@ import zmq
 from msgspec import Struct
 
 from xditd.client.channel import Channel
-from xditd.client.parcel import Parcel
-from xditd.client.request import Request, anew
+from xditd.client.request import Request, Tensors, anew
 from xditd.handoff.arena import Arena
 from xditd.protocol import codec
 from xditd.protocol import messages as m
@@ -105,7 +104,7 @@ class Connection:
         self,
         kind: type[Struct],
         fields: dict[str, Any],
-        parcel: Parcel | None = None,
+        parcel: Tensors | None = None,
         *,
         hear: Hear | None = None,
         interrupt: Callable[[], None] | None = None,
@@ -116,7 +115,7 @@ class Connection:
         request = self.begin(kind, fields, parcel)
         return self.finish(request, hear=hear, interrupt=interrupt, timeout=timeout, late=late)
 
-    def begin(self, kind: type[Struct], fields: dict[str, Any], parcel: Parcel | None = None) -> Request:
+    def begin(self, kind: type[Struct], fields: dict[str, Any], parcel: Tensors | None = None) -> Request:
         """Sends a request.
 
         Args:
@@ -327,7 +326,7 @@ class Connection:
 
     def _dispatch(self, header: bytes, frames: list[Any], me: Request | None) -> None:
         try:
-            message = codec.decode(header, m.Reply, m.REPLIES)
+            message = codec.decode(header, m.Reply, m.REPLIES, trusted=True)
         except XditError as error:
             if error.code == Code.UNKNOWN_TYPE:
                 log.warning("Ignored a message of a newer daemon: %s", error.message)
@@ -401,7 +400,7 @@ class Connection:
             self.arena.close()
 
 
-def _release(parcel: Parcel | None) -> None:
+def _release(parcel: Tensors | None) -> None:
     if parcel is not None:
         parcel.release()
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xditd.client.buffers import Buffer, Source
-from xditd.handoff.arena import Arena, Loan, Slot
+from xditd.handoff.arena import Arena, Slot
 from xditd.protocol import tensors
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.tensors import ITEMSIZE, Tensor
@@ -25,7 +25,7 @@ class Parcel:
         frames: to be sent after the header.
     """
 
-    __slots__ = ("_arena", "_frame_bytes", "_held", "_loans", "frames")
+    __slots__ = ("_arena", "_frame_bytes", "_held", "frames")
 
     def __init__(self, arena: Arena | None, frame_bytes: int) -> None:
         """
@@ -35,7 +35,6 @@ class Parcel:
         self._arena = arena
         self._frame_bytes = frame_bytes
         self._held: dict[tuple[int, int], tuple[Slot, Tensor]] = {}
-        self._loans: dict[tuple[int, int], Loan] = {}
         self.frames: list[bytearray] = []
 
     def put(self, source: Source) -> Tensor:
@@ -63,24 +62,13 @@ class Parcel:
         """A slot for an output; None where it will come as a frame."""
         return None if self._arena is None else self._take(self._arena, dtype, shape, nbytes)[1]
 
-    def ahead(self, wanted: Tensor | None) -> Buffer | None:
-        """What `open` will return, to be looked at only then: made while there is time. None where it is a frame."""
-        if wanted is None or self._arena is None or wanted.segment is None:
-            return None
-        place = wanted.segment, wanted.offset
-        loan = self._loans[place] = self._arena.view(self._held[place][0])
-        return Buffer(loan, wanted.dtype, wanted.shape)
-
-    def open(
-        self, tensor: Tensor, wanted: Tensor | None, frames: Sequence[Any], ahead: Buffer | None = None
-    ) -> Buffer:
+    def open(self, tensor: Tensor, wanted: Tensor | None, frames: Sequence[Any]) -> Buffer:
         """An output: a view of its slot, which is given back when the last view of it is gone, or its frame.
 
         Args:
             tensor: as the answer describes it.
             wanted: what `room` gave.
             frames: of the answer.
-            ahead: what `ahead` gave, if it was asked.
 
         Raises:
             XditError: `bad_tensor`, `bad_slot` where the answer is not what was asked.
@@ -93,13 +81,9 @@ class Parcel:
             raise XditError(
                 Code.BAD_SLOT, "The daemon answered with another slot, dtype or shape than was asked for."
             )
-        opened = ahead or self.ahead(wanted)
         assert tensor.segment is not None
-        assert opened is not None
-        place = tensor.segment, tensor.offset
-        slot, _ = self._held.pop(place)
-        self._arena.lend(slot, self._loans.pop(place))
-        return opened
+        slot, _ = self._held.pop((tensor.segment, tensor.offset))
+        return Buffer(self._arena.lend(slot), tensor.dtype, tensor.shape)
 
     def copy(self, tensor: Tensor, frames: Sequence[Any]) -> Buffer:
         """A copy of an output whose slot stays in the parcel, because it will be written to again.
@@ -120,7 +104,6 @@ class Parcel:
             for slot, _ in self._held.values():
                 self._arena.give(slot)
         self._held.clear()
-        self._loans.clear()
         self.frames.clear()
 
     def _take(self, arena: Arena, dtype: str, shape: tuple[int, ...], nbytes: int) -> tuple[Slot, Tensor]:

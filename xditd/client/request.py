@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Condition
-from typing import Any
+from typing import Any, Protocol
 
 from msgspec import Struct
 
-from xditd.client.parcel import Parcel
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
 
@@ -30,6 +29,17 @@ ANSWERS: dict[type[Struct], type[Struct]] = {
     m.Drain: m.Drained,
 }
 """What answers each request, where it does not fail."""
+
+
+class Tensors(Protocol):
+    """The tensors of a request on their way: a `Parcel`, or a `Step` of a denoiser."""
+
+    @property
+    def frames(self) -> Sequence[Any]:
+        """To be sent after the header."""
+
+    def release(self) -> None:
+        """Gives back what is held for them. Only when no rank can touch it any more."""
 
 
 class Request:
@@ -58,7 +68,7 @@ class Request:
         "woken",
     )
 
-    def __init__(self, request_id: int, kind: type[Struct], parcel: Parcel | None) -> None:
+    def __init__(self, request_id: int, kind: type[Struct], parcel: Tensors | None) -> None:
         self.id = request_id
         self.kind = kind
         self.parcel = parcel

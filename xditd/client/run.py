@@ -14,6 +14,7 @@ from xditd.client.buffers import Buffer, Source
 from xditd.client.connection import Connection, Hear
 from xditd.client.parcel import Parcel, nbytes_of
 from xditd.client.request import Request, anew
+from xditd.client.step import Step
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.tensors import Tensor
@@ -123,38 +124,47 @@ class Run:
         Returns:
             For each item the network's raw output, shaped and typed as x.
         """
-        parcel = self._parcel()
+        self._check()
+        arena = self._connection.arena
+        if arena is None:
+            return self._denoise_in_frames(items, interrupt)
+        step = Step(arena)
         try:
-            asked, rooms = [], []
+            asked = []
             for x, t, key in items:
-                source = _source(x)
-                described = parcel.put(source)
-                room = parcel.room(source.dtype, source.shape, source.nbytes)
-                rooms.append(room)
-                asked.append(m.DenoiseItem(x=described, t=_times(t), conditioning=key, out=room))
+                given, room = step.put(_source(x))
+                asked.append(m.DenoiseItem(x=given, t=_times(t), conditioning=key, out=room))
         except BaseException:
-            parcel.release()
+            step.release()
             raise
         replaced = self._replaced[:]
-        request = self._connection.begin(m.Denoise, {"run": self.id, "items": tuple(asked)}, parcel)
-        ahead = [parcel.ahead(room) for room in rooms]  # the ranks are at work: this costs no time now
-        results: list[Any] = [
-            None if buffer is None else _like(x, buffer) for (x, *_), buffer in zip(items, ahead, strict=True)
-        ]
-        answer, frames = self._finish_turn(request, replaced, self._hear, interrupt)
+        request = self._connection.begin(m.Denoise, {"run": self.id, "items": tuple(asked)}, step)
+        results = [_like(item[0], buffer) for item, buffer in zip(items, step.ahead(), strict=True)]
+        answer, _ = self._finish_turn(request, replaced, self._hear, interrupt)
         try:
-            if len(answer.outputs) != len(rooms):
-                raise XditError(
-                    Code.BAD_MESSAGE,
-                    f"The daemon answered {len(rooms)} items with {len(answer.outputs)} outputs.",
-                )
-            for i, output in enumerate(answer.outputs):
-                opened = parcel.open(output, rooms[i], frames, ahead[i])
-                if results[i] is None:
-                    results[i] = _like(items[i][0], opened)
+            step.lend(answer.outputs)
         finally:
-            parcel.release()
+            step.release()
         return results
+
+    def _denoise_in_frames(
+        self, items: Sequence[tuple[T, Times, str]], interrupt: Interrupt | None
+    ) -> list[T]:
+        parcel = self._parcel()
+        asked = tuple(
+            m.DenoiseItem(x=parcel.put(_source(x)), t=_times(t), conditioning=key) for x, t, key in items
+        )
+        request = self._connection.begin(m.Denoise, {"run": self.id, "items": asked}, parcel)
+        answer, frames = self._finish_turn(request, self._replaced[:], self._hear, interrupt)
+        if len(answer.outputs) != len(items):
+            raise XditError(
+                Code.BAD_MESSAGE,
+                f"The daemon answered {len(items)} items with {len(answer.outputs)} outputs.",
+            )
+        return [
+            _like(item[0], parcel.open(output, None, frames))
+            for item, output in zip(items, answer.outputs, strict=True)
+        ]
 
     def sample(
         self,

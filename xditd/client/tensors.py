@@ -39,15 +39,16 @@ class TensorSource:
             raise XditError(Code.BAD_TENSOR, f"A tensor of shape {list(self.shape)} is empty.")
         self.tensor = tensor
 
-    def write(self, memory: memoryview, kept: torch.Tensor | None) -> torch.Tensor:
-        given = self.tensor.detach()
-        if kept is None or kept.shape != given.shape or kept.dtype != given.dtype:
-            kept = torch.frombuffer(memory, dtype=given.dtype).view(given.shape)
-        if given.is_contiguous() and given.device.type == "cpu":
-            # By this thread alone: torch would wake its whole pool, which after the pause of a step costs milliseconds.
-            ctypes.memmove(kept.data_ptr(), given.data_ptr(), self.nbytes)
+    def write(self, memory: memoryview, kept: int | None) -> int | None:
+        tensor = self.tensor
+        if not (tensor.is_contiguous() and tensor.is_cpu) or tensor.is_neg():
+            torch.frombuffer(memory, dtype=tensor.dtype).view(self.shape).copy_(tensor.detach())
             return kept
-        return kept.copy_(given)
+        # By this thread alone: torch would wake its whole pool, which after the pause of a step costs milliseconds; and
+        # past torch's dispatcher, whose code would have to come from memory first.
+        address = kept or ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
+        ctypes.memmove(address, tensor.data_ptr(), self.nbytes)
+        return address
 
 
 def read(buffer: Buffer) -> torch.Tensor:

@@ -128,7 +128,7 @@ class Ranks:
             self._report(group, rank, header, ())
 
     def _report(self, group: Group, rank: int, header: bytes, frames: Sequence[Any]) -> None:
-        report = codec.decode(header, o.Report, o.REPORTS)
+        report = codec.decode(header, o.Report, o.REPORTS, trusted=True)
         now = time.monotonic()
         if isinstance(report, o.TurnDone):
             self.dispatcher.turn_done(group, report, frames, now)

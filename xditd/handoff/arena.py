@@ -83,13 +83,15 @@ class Arena:
         """The slot's bytes, to be looked at once they are lent. Made ahead, while a rank is still to write them."""
         return _bytes(slot.nbytes).from_buffer(slot.memory)
 
-    def lend(self, slot: Slot, loan: Loan | None = None) -> memoryview:
-        """The slot's bytes; the slot is given back when this view, every other that was made of it, and the loan that
-        was made ahead are gone."""
-        if loan is None:
-            loan = self.view(slot)
-        loan.back, loan.slot = self._returned, slot  # type: ignore[attr-defined]
+    def lend(self, slot: Slot) -> memoryview:
+        """The slot's bytes; the slot is given back when this view and every other that was made of it are gone."""
+        loan = self.view(slot)
+        self.lend_as(slot, loan)
         return memoryview(loan).cast("B")
+
+    def lend_as(self, slot: Slot, loan: Loan) -> None:
+        """Lends the slot as what `view` made of it."""
+        loan.back, loan.slot = self._returned, slot  # type: ignore[attr-defined]
 
     @property
     def capacity(self) -> int:

@@ -50,19 +50,21 @@ def encode(message: msgspec.Struct) -> bytes:
     return packed
 
 
-def decode(header: bytes | memoryview, union: Any, known: Iterable[str]) -> Any:
+def decode(header: bytes | memoryview, union: Any, known: Iterable[str], *, trusted: bool = False) -> Any:
     """One message of the union, or a refusal.
 
     Args:
         header: the first frame.
         union: a union of tagged structs.
         known: the tags of that union, to tell an unknown type from a malformed message.
+        trusted: the sender is no stranger: a daemon to its ranks and its clients, a rank to its daemon. What fits a
+            struct is then looked at no further.
 
     Raises:
         XditError: `too_large`, `unknown_type` or `bad_message`; `details["id"]` names the request where it could
             be read.
     """
-    message = _ours(header, union)
+    message = _ours(header, union, trusted)
     if message is not None:
         return message
     if len(header) > MAX_HEADER:
@@ -101,20 +103,20 @@ def tags(union: Any) -> frozenset[str]:
     return frozenset(_known(union).structs)
 
 
-def _ours(header: bytes | memoryview, union: Any) -> Any:
+def _ours(header: bytes | memoryview, union: Any, trusted: bool = False) -> Any:
     """The message of a short header that is byte for byte what `encode` writes; None for any other.
 
     It takes 2 µs where the whole way takes 20, and accepts nothing that the whole way refuses: what is written anew
     to the same bytes has no key twice, no unknown field and no depth, and is short enough for every limit. What could
     be a NaN or an infinity goes the whole way.
     """
-    if len(header) > _SHORT or _MAYBE_NAN.search(header):
+    if len(header) > _SHORT or (not trusted and _MAYBE_NAN.search(header)):
         return None
     try:
         message = _known(union).decoder.decode(header)
     except (msgspec.MsgspecError, ValueError, RecursionError):  # ValueError: what is no UTF-8
         return None
-    return message if _ENCODER.encode(message) == header else None
+    return message if trusted or _ENCODER.encode(message) == header else None
 
 
 _SHORT = 2048
