@@ -89,7 +89,7 @@ def kill_clients(serve: Serve, rounds: int, say: Say) -> None:
 
 
 def kill_ranks(serve: Serve, rounds: int, say: Say) -> None:
-    service = serve(**{"restart.limit": 1000, "restart.backoff": 0.01})
+    service = serve(**{"restart.limit": 1000, "restart.backoff": 0.001, "restart.window": 0.2})
     sigmas = [1 - i / 20 for i in range(20)] + [0.0]
     with service.client() as client, client.open_run("echo/echo", TWO) as run:
         run.put_conditioning("c", {"context": X})

@@ -116,6 +116,10 @@ class Group:
         )
 
 
+MAX_BACKOFF = 60.0
+"""Seconds that a new try waits at most."""
+
+
 class Restarts:
     """How often a model may fail: after `limit` times within `window` seconds it is given up.
 
@@ -143,7 +147,7 @@ class Restarts:
     def delay(self, key: Key) -> float:
         """Seconds to wait before the next try."""
         failures = len(self._failures.get(key, ()))
-        return 0.0 if failures < 2 else self.backoff * 2.0 ** (failures - 2)
+        return 0.0 if failures < 2 else min(self.backoff * 2.0 ** (failures - 2), MAX_BACKOFF)
 
     def forgive(self, key: Key) -> None:
         self._failures.pop(key, None)
