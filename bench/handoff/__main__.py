@@ -34,6 +34,12 @@ PEERS: tuple[type[Peer], ...] = (Floor, Raw3, Xditd, ZmqPickle, RayActor, HttpJs
     "--only", multiple=True, type=click.Choice([peer.name for peer in PEERS]), help="Only these peers."
 )
 @click.option("--payload", multiple=True, type=click.Choice(list(PAYLOADS)), help="Only these payloads.")
+@click.option(
+    "--patience",
+    default=300.0,
+    show_default=True,
+    help="Seconds that turns wait in all for a quiet machine; 0 does not look.",
+)
 @click.option("--seed", default=0, help="Of the contents and of the order within a round.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Every single time, for programs.")
 @click.option(
@@ -44,6 +50,7 @@ def main(
     rounds: int,
     only: tuple[str, ...],
     payload: tuple[str, ...],
+    patience: float,
     seed: int,
     json_file: Path | None,
     markdown_file: Path | None,
@@ -64,7 +71,9 @@ def main(
         )
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("racing", total=turns)
-            times = race(peers, payloads, rounds, seed, on_turn=lambda: progress.advance(task))
+            quiet = machine.Quiet(patience)
+            times = race(peers, payloads, rounds, seed, quiet, lambda: progress.advance(task))
+    facts["quiet"] = f"{turns - quiet.missed} of {turns} turns began while nobody else used the machine"
     report.show(console, times)
     if json_file:
         json_file.write_text(json.dumps({"machine": facts, "seconds": times}, indent=1), encoding="utf-8")

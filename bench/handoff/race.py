@@ -29,6 +29,7 @@ def race(
     payloads: Sequence[Payload],
     rounds: int,
     seed: int,
+    settle: Callable[[], None] = lambda: None,
     on_turn: Callable[[], None] = lambda: None,
 ) -> Times:
     """Runs the rounds.
@@ -36,6 +37,7 @@ def race(
     Args:
         peers: started ones.
         rounds: of payload S; the others take their share of it, at least 3.
+        settle: called before every turn.
         on_turn: called after every turn.
 
     Raises:
@@ -50,6 +52,7 @@ def race(
                 continue
             taking = [peer for peer in peers if payload.travels in peer.payloads]
             for peer in order.sample(taking, len(taking)):
+                settle()
                 seconds = _turn(peer, payload, inputs[payload.name], generator, echo)
                 times[payload.name].setdefault(peer.name, []).append(seconds)
                 on_turn()
