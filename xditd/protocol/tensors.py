@@ -7,6 +7,7 @@ frame of the same message (`frame`). Everything here is checked before anybody m
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -48,7 +49,12 @@ class Tensor(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+        return _nbytes(self.dtype, self.shape)
+
+
+@lru_cache(maxsize=1024)  # a step asks a dozen times, and every step the same
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * ITEMSIZE[dtype]
 
 
 def check(tensor: Tensor, what: str, *, segments: dict[int, int], frames: list[int]) -> None:
