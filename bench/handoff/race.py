@@ -68,11 +68,14 @@ def _turn(
 ) -> float:
     refill(inputs, generator)
     if payload.again:
+        peer.prepare("M")
         peer.once("M", inputs)
     for _ in range(payload.warm_ups):
         renew(payload, inputs, generator)
+        peer.prepare(payload.travels)
         peer.once(payload.travels, inputs)
     renew(payload, inputs, generator)
+    peer.prepare(payload.travels)
     if payload.paced:
         time.sleep(PAUSE)
     begin = time.perf_counter()

@@ -26,6 +26,9 @@ class Peer(Protocol):
             Unavailable: it cannot run on this machine.
         """
 
+    def prepare(self, payload: str) -> None:
+        """What comes before a job hands its tensors over. Not timed."""
+
     def once(self, payload: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """One job there and back. The result may be a view that holds until the next call."""
 

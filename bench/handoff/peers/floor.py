@@ -24,6 +24,9 @@ class Floor:
         self._line = Line(__name__, fd)
         os.close(fd)
 
+    def prepare(self, payload: str) -> None:
+        """Nothing is kept between jobs."""
+
     def once(self, payload: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         places = self._shared.inputs[payload]
         for name, tensor in inputs.items():

@@ -36,6 +36,9 @@ class HttpJson:
         back.close()
         self.once("S", {"x": torch.zeros(1)})
 
+    def prepare(self, payload: str) -> None:
+        """Nothing is kept between jobs."""
+
     def once(self, payload: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         body = json.dumps({name: to_json(tensor) for name, tensor in inputs.items()}).encode()
         self._connection.request("POST", "/denoise", body, {"Content-Type": "application/json"})

@@ -29,6 +29,9 @@ class Raw3:
         self._line = Line(__name__, fd)
         os.close(fd)
 
+    def prepare(self, payload: str) -> None:
+        """Nothing is kept between jobs."""
+
     def once(self, payload: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         places = self._shared.inputs[payload]
         for name, tensor in inputs.items():

@@ -43,6 +43,9 @@ class RayActor:
         self._rank = ray.remote(num_cpus=1)(_Rank).remote()
         self.once("S", {"x": torch.zeros(1)})
 
+    def prepare(self, payload: str) -> None:
+        """Nothing is kept between jobs."""
+
     def once(self, payload: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return self._ray.get(self._rank.answer.remote(inputs))
 

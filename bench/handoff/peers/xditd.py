@@ -20,7 +20,7 @@ SIGMA = 0.5
 
 class Xditd:
     name = "xditd"
-    says = "xditd.client through the daemon to an echo rank; M puts its conditioning and denoises, XL decodes"
+    says = "xditd.client through the daemon to an echo rank; M puts conditioning in a new run and denoises, XL decodes"
     payloads = tuple(PAYLOADS)
 
     def start(self) -> None:
@@ -31,7 +31,15 @@ class Xditd:
         self._client = self._stack.enter_context(Client(endpoint, name="bench", timeout=60))
         self._run: Run = self._stack.enter_context(self._client.open_run(ECHO))
         self._run.put_conditioning("bare", {})
+        self._job: Run = self._client.open_run(ECHO)
+        self._stack.callback(lambda: self._job.close())
         self._vae: Run = self._stack.enter_context(self._client.open_run(IMAGES))
+
+    def prepare(self, payload: str) -> None:
+        """A job has a run of its own, and the former has ended; S and XL go on in theirs."""
+        if payload == "M":
+            self._job.close()
+            self._job = self._client.open_run(ECHO)
 
     def once(self, payload: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if payload == "S":
@@ -40,8 +48,8 @@ class Xditd:
             return self._vae.decode(inputs["latent"])
         if payload == "M":
             conditioning = {name: inputs[name] for name in ("context", "pooled")}
-            self._run.put_conditioning("job", conditioning, wait=False)
-        return self._run.denoise([(inputs["x"], SIGMA, "job")])[0]
+            self._job.put_conditioning("job", conditioning, wait=False)
+        return self._job.denoise([(inputs["x"], SIGMA, "job")])[0]
 
     def stop(self) -> None:
         self._stack.close()

@@ -33,6 +33,9 @@ class ZmqPickle:
         self._socket.connect(front)
         self.once("S", {"x": torch.zeros(1)})
 
+    def prepare(self, payload: str) -> None:
+        """Nothing is kept between jobs."""
+
     def once(self, payload: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         self._socket.send(pickle.dumps(inputs, protocol=5), copy=False)
         return pickle.loads(self._socket.recv(copy=False).buffer)
