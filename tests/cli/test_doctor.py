@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tests.cli import reports
 from xditd.cli import commands
-from xditd.cli.doctor import compute, daemon, host
+from xditd.cli.doctor import compute, daemon, host, probe
 from xditd.cli.doctor.check import version
 from xditd.cli.doctor.command import doctor
 from xditd.protocol import endpoints
@@ -117,6 +117,20 @@ def test_packages_are_held_against_what_pyproject_asks_for(monkeypatch):
     check = host._packages("packages", asked, "pip install xditd")
     assert check.state == "failed"
     assert check.found == "old is 2.9, needed is >= 3; pinned is 0.7.1, needed is == 0.7.0; gone is missing"
+
+
+def test_a_module_that_does_not_tell_its_version_is_asked_by_its_installation(tmp_path, monkeypatch):
+    """As xfuser does not: its GPU check once failed with no reason on every machine that had one."""
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent" / "__init__.py").write_text("")
+    (tmp_path / "silent-1.2.dist-info").mkdir()
+    (tmp_path / "silent-1.2.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: silent\nVersion: 1.2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert probe._version("silent") == {"version": "1.2"}
+    assert probe._version("msgspec") == {"version": metadata.version("msgspec")}
+    assert probe._version("nowhere") == {"error": "ModuleNotFoundError: No module named 'nowhere'"}
 
 
 def test_versions_compare_as_numbers():
