@@ -7,12 +7,15 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.live.conftest import Serve
 from tests.live.service import wait_for
+from xditd.client import Client
 
 
 class Systemd:
@@ -109,3 +112,31 @@ def test_a_killed_daemon_leaves_a_folder_that_the_next_one_clears(serve: Serve) 
     second = serve(folder=service.folder)
     assert second.stop() == 0
     assert {path.name for path in service.folder.iterdir()} == {"log"}
+
+
+def test_a_daemon_that_is_told_nothing_listens_where_the_environment_says(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/own.sock"
+    daemon = subprocess.Popen(
+        [sys.executable, "-m", "xditd.daemon", "--set=devices.kind=cpu"],
+        env={**os.environ, "XDITD_ENDPOINT": endpoint},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with Client(endpoint, timeout=30) as client:
+            assert client.status().pid == daemon.pid
+    finally:
+        daemon.terminate()
+        daemon.communicate(timeout=30)
+
+
+def test_the_environment_cannot_open_a_door_that_the_configuration_keeps_shut() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "xditd.daemon", "--set=devices.kind=cpu"],
+        env={**os.environ, "XDITD_ENDPOINT": "tcp://127.0.0.1:39127"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert ended.returncode == 78
+    assert "allow_insecure_tcp" in ended.stderr

@@ -8,19 +8,25 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from xditd.daemon.config import Config
+from xditd.daemon.config import Config, check_endpoint
 from xditd.protocol import endpoints
 from xditd.protocol.errors import Code, XditError
 
 
 def endpoint_of(config: Config) -> endpoints.Endpoint:
-    """Where this daemon listens: as configured, else the system's socket under systemd, else the user's own."""
+    """Where this daemon listens: as configured, or where one listens that is told nothing.
+
+    Raises:
+        XditError: `bad_config` where the environment names what the configuration does not allow.
+    """
     if config.endpoint:
         return endpoints.parse(config.endpoint, "configuration")
-    system = os.path.dirname(endpoints.SYSTEM_PATH)
-    if os.environ.get("RUNTIME_DIRECTORY") == system:
-        return endpoints.parse(f"ipc://{endpoints.SYSTEM_PATH}", "system's socket")
-    return endpoints.parse(f"ipc://{endpoints.user_path()}", "user's socket")
+    endpoint = endpoints.default_endpoint()
+    try:
+        check_endpoint(endpoint.address, allow_tcp=config.allow_insecure_tcp)
+    except ValueError as error:
+        raise XditError(Code.BAD_CONFIG, f"{endpoint.source}: {error}.") from error
+    return endpoint
 
 
 class Home:

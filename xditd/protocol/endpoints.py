@@ -91,17 +91,18 @@ def user_path(environ: Mapping[str, str] = os.environ, uid: int | None = None) -
     return f"/tmp/xditd-{os.getuid() if uid is None else uid}/xditd.sock"
 
 
-def default_endpoint(environ: Mapping[str, str] = os.environ) -> str:
-    """Where a daemon listens that is told nothing: `XDITD_ENDPOINT`, else its unit's runtime folder, else the user's."""
+def default_endpoint(environ: Mapping[str, str] = os.environ) -> Endpoint:
+    """Where a daemon listens that is told nothing: `XDITD_ENDPOINT`, else its unit's runtime folder, else the user's.
+
+    Raises:
+        XditError: `bad_value` for a name that is no endpoint.
+    """
     if environ.get(VARIABLE):
-        return environ[VARIABLE]
+        return parse(environ[VARIABLE], VARIABLE)
     folder = environ.get("RUNTIME_DIRECTORY", "").split(":")[0]  # systemd sets it for RuntimeDirectory=
-    return f"ipc://{folder}/xditd.sock" if folder.startswith("/") else f"ipc://{user_path(environ)}"
-
-
-def arena_path(endpoint: str) -> str | None:
-    """The arena socket beside an endpoint; None for tcp, whose clients share no memory."""
-    return parse(endpoint).arena
+    if folder.startswith("/"):
+        return parse(f"ipc://{folder}/xditd.sock", "unit's socket")
+    return parse(f"ipc://{user_path(environ)}", "user's socket")
 
 
 def candidates(explicit: str | None = None, environ: Mapping[str, str] = os.environ) -> list[Endpoint]:
