@@ -175,12 +175,21 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             endpoints.parse(self.endpoint, "the configured one")
         except XditError as error:
             raise ValueError(f"endpoint: {error.message.rstrip('.')}") from error
-        if self.endpoint.startswith("tcp://") and not self.allow_insecure_tcp:
-            raise ValueError(
-                f"endpoint {self.endpoint!r} would let everybody who can reach it use this machine: tcp has no "
-                "encryption or authentication yet. Use ipc:///path, or set allow_insecure_tcp = true on a "
-                "network that you trust"
-            )
+        check_endpoint(self.endpoint, allow_tcp=self.allow_insecure_tcp)
+
+
+def check_endpoint(address: str, *, allow_tcp: bool) -> None:
+    """Refuses an endpoint that strangers could reach, whoever named it: the configuration or the environment.
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    if address.startswith("tcp://") and not allow_tcp:
+        raise ValueError(
+            f"endpoint {address!r} would let everybody who can reach it use this machine: tcp has no "
+            "encryption or authentication yet. Use ipc:///path, or set allow_insecure_tcp = true on a "
+            "network that you trust"
+        )
 
 
 def load_config(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any] | None = None) -> Config:
