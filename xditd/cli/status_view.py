@@ -78,10 +78,6 @@ def runs_view(runs: Iterable[RunStatus]) -> RenderableType:
     return table if table.row_count else _none("none")
 
 
-def phase_style(phase: str) -> str:
-    return _STATE_STYLE.get(phase, "")
-
-
 def _head(report: StatusReport) -> Text:
     mark = {"serving": words.OK, "stopping": words.FAILED}.get(report.state, words.WARNING)
     facts = f" · up {words.duration(report.uptime)} · pid {report.pid} · epoch {report.epoch[:8]}"

@@ -13,9 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -23,9 +22,6 @@ from xditd.handoff.lane import Lane, pair
 from xditd.protocol.orders import RankSpec
 
 log = logging.getLogger("xditd.rank")
-
-LAST_LINES = 20
-"""Lines of a rank's output that are kept to explain its end."""
 
 
 @dataclass(slots=True)
@@ -39,7 +35,6 @@ class Process:
     arena: socket.socket | None
     lane: Lane
     output: int  # descriptor of its stdout and stderr
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     rest: bytes = b""  # of a line that has not ended
     ordered: int = 0  # orders that were sent to it by ZeroMQ
 
@@ -110,10 +105,6 @@ class LocalExecutor:
             if process.popen.poll() is not None:
                 self._ended(process)
 
-    def last_words(self, group: str, rank: int) -> str:
-        process = self.processes.get((group, rank))
-        return "\n".join(process.lines) if process else ""
-
     def close(self) -> None:
         """Kills and reaps whatever is left."""
         for process in list(self.processes.values()):
@@ -153,7 +144,6 @@ class LocalExecutor:
                 *lines, process.rest = (process.rest + chunk).split(b"\n")
                 for line in lines:
                     text = line.decode(errors="replace")[:2000]
-                    process.lines.append(text)
                     log.info("%s", text, extra={"group": process.group, "rank": process.rank})
         except BlockingIOError:
             return

@@ -59,7 +59,6 @@ RUN: Table = {
 GROUP_ALIVE = frozenset({"starting", "ready"})
 """States in which runs may wait for a group or be bound to it."""
 
-GROUP_OVER = frozenset({"gone"})
 RUN_OVER = frozenset({"ended"})
 
 
