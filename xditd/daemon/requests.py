@@ -80,9 +80,9 @@ class Requests:
         now = time.monotonic()
         match message:
             case m.Models():
-                self._spawn(message.id, session, self._models(session, message))
+                self._spawn(message.id, session.peer, session.name, self._models(session, message))
             case m.Load() | m.OpenRun():
-                self._spawn(message.id, session, self._open(session, message))
+                self._spawn(message.id, session.peer, session.name, self._open(session, message))
             case m.Unload():
                 self._unload(session, message, now)
             case m.PutConditioning():
@@ -115,20 +115,20 @@ class Requests:
 
     def preload(self, peer: bytes, request: m.Load) -> None:
         """Loads a model that the configuration names; a failure is logged by whoever answers `peer`."""
-        self._spawn(request.id, Session(peer, "preload", 0, None, 0, 0.0), self._load(peer, request))
+        self._spawn(request.id, peer, "preload", self._load(peer, request))
 
-    def _spawn(self, request: int, session: Session, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, request: int, peer: bytes, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Work that reads the disk goes on beside the event loop."""
 
         async def guarded() -> None:
             try:
                 await work
             except XditError as error:
-                self.clients.answer(session.peer, failed(request, error.code, error.message))
+                self.clients.answer(peer, failed(request, error.code, error.message))
             except Exception:
-                log.exception("Request %d of %s failed.", request, session.name)
+                log.exception("Request %d of %s failed.", request, name)
                 message = "The daemon failed at this request; its log has the traceback."
-                self.clients.answer(session.peer, failed(request, Code.INTERNAL, message))
+                self.clients.answer(peer, failed(request, Code.INTERNAL, message))
 
         task = asyncio.get_running_loop().create_task(guarded())
         self._tasks.add(task)
