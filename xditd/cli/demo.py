@@ -122,9 +122,8 @@ def _models(client: Client) -> tuple[ModelRef, ModelRef]:
     Raises:
         XditError: `model_not_visible` where it lacks one.
     """
-    listed = sorted(
-        client.models().models, key=lambda info: info.kind == "checkpoints"
-    )  # files of their own first
+    # Files of their own first.
+    listed = sorted(client.models().models, key=lambda info: info.kind == "checkpoints")
 
     def first(family: str, what: str) -> ModelRef:
         info = next((info for info in listed if info.family == family), None)

@@ -69,9 +69,8 @@ class Run:
         self._timeout = timeout
         self._pid = os.getpid()
         self._ended: XditError | None = None
-        self._kept: dict[
-            str, Parcel
-        ] = {}  # of the conditioning: ranks may read it for as long as the run lives
+        # Of the conditioning: ranks may read it for as long as the run lives.
+        self._kept: dict[str, Parcel] = {}
         self._replaced: list[Parcel] = []  # of conditioning that was put anew since
         self._unheard: list[Request] = []  # of conditioning whose answer was not waited for
         connection.listeners[self.id] = self._over

@@ -169,9 +169,8 @@ class Arenas:
 
     def _readable(self, arena: Arena) -> None:
         try:
-            raw = arena._sock.recv(
-                records.MAX_RECORD + 1
-            )  # recv: descriptors that a client sends are not taken
+            # recv: descriptors that a client sends are not taken
+            raw = arena._sock.recv(records.MAX_RECORD + 1)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

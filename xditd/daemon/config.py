@@ -50,9 +50,8 @@ class Devices(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A model to have ready after a start, and the plan to have it under."""
 
-    model: Annotated[
-        str, Meta(pattern=r"^[a-z_]+/.+")
-    ]  # "kind/name": "diffusion_models/flux1-dev.safetensors"
+    # "kind/name": "diffusion_models/flux1-dev.safetensors"
+    model: Annotated[str, Meta(pattern=r"^[a-z_]+/.+")]
     part: Literal["", "transformer", "vae"] = ""  # of a checkpoint
     dtype: Dtype = ""  # "" is compute.dtype
     devices: tuple[str, ...] = ()  # () is all that the daemon owns

@@ -76,9 +76,8 @@ def _gpus() -> list[Device]:
         import pynvml
 
         pynvml.nvmlInit()
-    except (
-        Exception
-    ) as error:  # not installed, no driver, no permission: each means "no GPU that we could use"
+    # Not installed, no driver, no permission: each means "no GPU that we could use".
+    except Exception as error:
         log.debug("No GPUs: %s.", error)
         return []
     gpus = []

@@ -142,9 +142,8 @@ class Ranks:
         else:
             extra = {"group": group.name, "rank": rank, "code": report.code}
             log.error("%s\n%s", report.message, report.traceback, extra=extra)
-            self.executor.reap(
-                group.name
-            )  # a rank complains of a peer that died: it is the death that counts
+            # A rank complains of a peer that died: it is the death that counts.
+            self.executor.reap(group.name)
             self.dispatcher.rank_failed(group, report, now)
 
     def _gone(self, name: str, rank: int, pid: int, how: str) -> None:

@@ -141,9 +141,8 @@ class ReceivedSegments:
 
     def drop(self, ids: Iterable[int]) -> None:
         """Forgets segments, those still unread in the socket too. Views that live keep their memory mapped."""
-        with contextlib.suppress(
-            EndOfFile
-        ):  # a daemon that is gone passes nothing more; the orders' socket tells
+        # A daemon that is gone passes nothing more; the orders' socket tells.
+        with contextlib.suppress(EndOfFile):
             while self._take(0):
                 pass
         for segment_id in ids:

@@ -36,9 +36,8 @@ def create(nbytes: int) -> int:
     fd = -1
     try:
         fd = os.memfd_create("xditd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.posix_fallocate(
-            fd, 0, nbytes
-        )  # unlike ftruncate, what fails does so here and not at the first touch
+        # Unlike ftruncate, what fails does so here and not at the first touch.
+        os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     except OSError as error:
         if fd >= 0:

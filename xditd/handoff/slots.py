@@ -11,9 +11,8 @@ class Slots:
     """An allocator of aligned pieces over any number of segments: best fit, neighbours joined on return."""
 
     def __init__(self) -> None:
-        self._free: dict[
-            int, list[tuple[int, int]]
-        ] = {}  # segment: (offset, bytes), by offset, never adjacent
+        # Segment: (offset, bytes), by offset, never adjacent.
+        self._free: dict[int, list[tuple[int, int]]] = {}
         self._taken: dict[tuple[int, int], int] = {}  # (segment, offset): bytes
         self.capacity = 0
         self.in_use = 0

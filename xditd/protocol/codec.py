@@ -91,9 +91,8 @@ def decode(header: bytes | memoryview, union: Any, known: Iterable[str], *, trus
     if fault is not None:
         raise XditError(fault[0], f"{kind} {fault[1]}.", **named)
     try:
-        return msgspec.convert(
-            plain, _known(union).structs[kind]
-        )  # to a union of twenty it takes 35 times as long
+        # Not to the union: of twenty structs it takes 35 times as long.
+        return msgspec.convert(plain, _known(union).structs[kind])
     except msgspec.ValidationError as error:
         raise XditError(Code.BAD_MESSAGE, f"{kind} does not fit its schema: {error}.", **named) from error
 

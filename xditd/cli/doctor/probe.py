@@ -94,9 +94,8 @@ def _version(module: str) -> dict[str, str]:
     """The version of what is imported; where a module does not tell its own, as xfuser, of what is installed."""
     try:
         told = getattr(importlib.import_module(module), "__version__", None)
-    except (
-        Exception
-    ) as error:  # a broken build may raise anything at import; the check tells it to the person
+    # A broken build may raise anything at import; the check tells it to the person.
+    except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     return {"version": told} if isinstance(told, str) else _installed(module)
 
