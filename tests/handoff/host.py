@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xditd.daemon.arenas import Arenas
+from xditd.handoff.lease import Lease
 
 MIB = 1 << 20
 
@@ -67,6 +68,10 @@ class Host:
 
     def _gone(self, token: str) -> None:
         self.gone.append(token)
+
+
+def lease(host: Host) -> Lease:
+    return Lease(host.path, 10)
 
 
 def descriptors(pid: int | str = "self") -> list[str]:

@@ -7,17 +7,15 @@ import gc
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.handoff.host import MIB, Host, descriptors, segments_of
+from tests.handoff.host import MIB, Host, descriptors, lease, segments_of
 from xditd.handoff import passing, records, segments
 from xditd.handoff.arena import Arena
 from xditd.handoff.lane import Lane
@@ -38,17 +36,6 @@ sys.stdin.read()
 """
 
 
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    gc.collect()
-    with Host(tmp_path / "a.sock") as host:
-        yield host
-
-
-def lease(host: Host) -> Lease:
-    return Lease(host.path, 10)
-
-
 # ------------------------------------------------------------------------------------------------------ beginning
 
 
@@ -64,12 +51,6 @@ def test_a_lease_opens_with_a_token_and_a_segment_that_the_daemon_knows(host: Ho
     assert host.do(lambda: host.arenas.in_use_bytes) == MIB
     assert host.do(host.arenas.list) == [arena]
     with_it.close()
-
-
-def test_only_the_user_and_the_group_may_connect(host: Host) -> None:
-    found = os.stat(host.path)
-    assert stat.S_ISSOCK(found.st_mode)
-    assert stat.S_IMODE(found.st_mode) == 0o660
 
 
 def test_a_token_is_claimed_once_and_an_invented_one_never(host: Host) -> None:
@@ -91,22 +72,6 @@ def test_an_arena_gives_no_descriptor_of_another_ones_segment(host: Host) -> Non
     assert refusal.value.code == Code.BAD_SLOT
     one.close()
     two.close()
-
-
-def test_a_stale_socket_is_replaced_but_nothing_else(tmp_path: Path) -> None:
-    stale = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    stale.bind(str(tmp_path / "a.sock"))
-    stale.close()
-    with Host(tmp_path / "a.sock") as host:
-        lease(host).close()
-    assert not (tmp_path / "a.sock").exists()
-
-    precious = tmp_path / "b.sock"
-    precious.write_text("not a socket")
-    with pytest.raises(XditError) as refusal:
-        Host(precious)._run()
-    assert refusal.value.code == Code.BAD_CONFIG
-    assert precious.read_text() == "not a socket"
 
 
 # -------------------------------------------------------------------------------------------------- growth, limits
@@ -470,39 +435,6 @@ def test_leases_stop_at_their_share_of_descriptors(tmp_path: Path) -> None:
         host.until(lambda: len(host.arenas.list()) == 1)
         lease(host).close()
         clients[1].close()
-
-
-def test_a_daemon_out_of_descriptors_refuses_clients_and_serves_again_when_some_go(tmp_path: Path) -> None:
-    path = str(tmp_path / "a.sock")
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.handoff.host", path, "40"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        clients: list[Lease] = []
-        refusals: list[XditError] = []
-        while len(refusals) < 5:
-            try:
-                clients.append(Lease(path, 10))
-            except XditError as refusal:
-                refusals.append(refusal)
-        assert 5 < len(clients) < 20
-        assert {refusal.code for refusal in refusals} == {Code.ARENA_EXHAUSTED}
-        for client in clients:
-            client.close()
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                Lease(path, 10).close()
-                break
-            except XditError:
-                assert time.monotonic() < deadline
-        assert process.poll() is None
-        process.communicate("", timeout=10)
-    assert process.returncode == 0
 
 
 def test_connecting_tells_what_is_wrong_with_the_socket(tmp_path: Path) -> None:
