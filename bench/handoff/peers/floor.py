@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import socket
 
 import torch
 
 from bench.handoff import mapping
 from bench.handoff.echo import Echo
-from bench.handoff.peers import EVERY
-from bench.handoff.peers.relay import WORD, Line
+from bench.handoff.peers.relay import WORD, Bare
 
 
-class Floor:
+class Floor(Bare):
     name = "floor"
     says = "one memcpy into and one out of a pre-faulted mapping, and a 64-byte AF_UNIX relay"
-    payloads = EVERY
-
-    def start(self) -> None:
-        fd = mapping.create()
-        self._shared = mapping.Mapping(fd)
-        self._line = Line(__name__, fd)
-        os.close(fd)
-
-    def prepare(self, payload: str) -> None:
-        """Nothing is kept between jobs."""
-
-    def once(self, payload: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        places = self._shared.inputs[payload]
-        for name, tensor in inputs.items():
-            places[name].copy_(tensor)
-        self._line.call(payload)
-        return self._shared.output[payload]
-
-    def stop(self) -> None:
-        self._line.close()
 
 
 def rank(socket_fd: int, memory_fd: int) -> None:

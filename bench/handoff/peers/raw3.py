@@ -6,7 +6,6 @@ the client reads the answer where it lies.
 
 from __future__ import annotations
 
-import os
 import socket
 
 import torch
@@ -14,33 +13,12 @@ import torch
 from bench.handoff import mapping
 from bench.handoff.echo import Echo
 from bench.handoff.payloads import SENT
-from bench.handoff.peers import EVERY
-from bench.handoff.peers.relay import WORD, Line
+from bench.handoff.peers.relay import WORD, Bare
 
 
-class Raw3:
+class Raw3(Bare):
     name = "raw3"
     says = "the same copies as xditd, with bare SEQPACKET sockets and no protocol"
-    payloads = EVERY
-
-    def start(self) -> None:
-        fd = mapping.create()
-        self._shared = mapping.Mapping(fd)
-        self._line = Line(__name__, fd)
-        os.close(fd)
-
-    def prepare(self, payload: str) -> None:
-        """Nothing is kept between jobs."""
-
-    def once(self, payload: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        places = self._shared.inputs[payload]
-        for name, tensor in inputs.items():
-            places[name].copy_(tensor)
-        self._line.call(payload)
-        return self._shared.output[payload]
-
-    def stop(self) -> None:
-        self._line.close()
 
 
 def rank(socket_fd: int, memory_fd: int) -> None:
