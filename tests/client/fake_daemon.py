@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -49,7 +50,8 @@ class FakeDaemon:
     """One life of a daemon.
 
     Attributes:
-        hold: kinds of requests, by tag, that are kept until `let_go`.
+        hold: kinds of requests, by tag, that are kept until `let_go`. With "progress", a sample waits after each step;
+            without, its steps take no time, and a preview may be written over before anybody has heard of it.
         lanes: clients that share memory get a lane.
         seen: every request that came, in order.
     """
@@ -67,7 +69,7 @@ class FakeDaemon:
         self._path = path
         self._sizes = (per_client, 4 * per_client, first_bytes)
         self._news = threading.Condition()
-        self._held: list[tuple[bytes, Any, list[Any]]] = []
+        self._held: list[tuple[str, Callable[[], None]]] = []
         self._peers: dict[bytes, Arena | None] = {}
         self._lanes: dict[bytes, Lane] = {}
         self._by_lane: set[tuple[bytes, int]] = set()  # requests that came by a lane
@@ -104,7 +106,7 @@ class FakeDaemon:
             assert self._news.wait_for(lambda: len(self.gone) >= count, 10)
 
     def let_go(self, tag: str = "") -> None:
-        """Answers what is held: of a tag, or all."""
+        """Does what is held: of a tag, or all."""
         self.do(lambda: self._let_go(tag))
 
     def say(self, message: Any, frames: tuple[Any, ...] = ()) -> None:
@@ -166,10 +168,7 @@ class FakeDaemon:
             self._take(peer, codec.decode(header, m.Request, m.REQUESTS), frames)
 
     def _take(self, peer: bytes, message: Any, frames: list[bytes]) -> None:
-        if message.__struct_config__.tag in self.hold:
-            self._held.append((peer, message, frames))
-        else:
-            self._answer(peer, message, frames)
+        self._unless_held(message.__struct_config__.tag, partial(self._answer, peer, message, frames))
         with self._news:
             self.seen.append(message)
             self._news.notify_all()
@@ -193,16 +192,25 @@ class FakeDaemon:
         self._loop.remove_reader(lane.fileno())
         lane.close()
 
+    def _unless_held(self, tag: str, work: Callable[[], None]) -> None:
+        if tag in self.hold:
+            self._held.append((tag, work))
+        else:
+            work()
+
     def _let_go(self, tag: str) -> None:
         held, self._held = self._held, []
-        for peer, message, frames in held:
-            if tag in ("", message.__struct_config__.tag):
-                self._answer(peer, message, frames)
+        for kept, work in held:
+            if tag in ("", kept):
+                work()
             else:
-                self._held.append((peer, message, frames))
+                self._held.append((kept, work))
 
     def _answer(self, peer: bytes, message: Any, frames: list[bytes]) -> None:
         try:
+            if isinstance(message, m.Sample) and peer in self._peers:
+                self._step(peer, message, self._read(peer, message.noise, frames), 1)
+                return
             answer, out = self._work(peer, message, frames)
         except XditError as error:
             answer, out = m.Failed(re=message.id, code=str(error.code.value), message=error.message), []
@@ -230,7 +238,9 @@ class FakeDaemon:
         if isinstance(message, m.Models):
             return m.ModelList(re=message.id, models=(MODEL,)), out
         if isinstance(message, m.Load):
-            return m.Loaded(re=message.id, group="g1", plan=PLAN, seconds=0.0, warm=True), out
+            return m.Loaded(
+                re=message.id, group="g1", plan=PLAN, model=MODEL, dtype="float32", seconds=0.0, warm=True
+            ), out
         if isinstance(message, m.Unload):
             return m.Unloaded(re=message.id, groups=("g1",)), out
         if isinstance(message, m.OpenRun):
@@ -250,8 +260,6 @@ class FakeDaemon:
                 x = self._read(peer, item.x, frames)
                 outputs.append(self._write(peer, x * 2 + item.t[0], item.out, out))
             return m.Denoised(re=message.id, outputs=tuple(outputs), seconds=0.0), out
-        if isinstance(message, m.Sample):
-            return self._sample(peer, message, frames, out), out
         if isinstance(message, m.Decode):
             latent = self._read(peer, message.latent, frames)
             image = latent[:, :3].permute(0, 2, 3, 1).repeat_interleave(8, 1).repeat_interleave(8, 2).float()
@@ -276,28 +284,25 @@ class FakeDaemon:
             self._loop.call_soon(self._stop.set)
         return m.Drained(re=message.id), out
 
-    def _sample(self, peer: bytes, message: m.Sample, frames: list[bytes], out: list[bytes]) -> m.Sampled:
-        x = self._read(peer, message.noise, frames)
-        total = len(message.sigmas) - 1
-        for step in range(1, total + 1):
-            x = x + 1
-            shown: list[bytes] = []
-            preview = None
-            if message.previews or message.preview_frames:
-                slot = message.previews[(step - 1) % len(message.previews)] if message.previews else None
-                preview = self._write(peer, x, slot, shown)
-            event = m.Progress(
-                re=message.id,
-                run=message.run,
-                step=step,
-                total=total,
-                sigma=message.sigmas[step],
-                preview=preview,
-            )
-            self._send(peer, event, tuple(shown))
-        return m.Sampled(
-            re=message.id, latent=self._write(peer, x, message.out, out), steps=total, seconds=0.0
+    def _step(self, peer: bytes, message: m.Sample, x: torch.Tensor, step: int) -> None:
+        """One step of a sample, and then the next, or the answer."""
+        x, total = x + 1, len(message.sigmas) - 1
+        shown: list[bytes] = []
+        preview = None
+        if message.previews or message.preview_frames:
+            slot = message.previews[(step - 1) % len(message.previews)] if message.previews else None
+            preview = self._write(peer, x, slot, shown)
+        sigma = message.sigmas[step]
+        event = m.Progress(
+            re=message.id, run=message.run, step=step, total=total, sigma=sigma, preview=preview
         )
+        self._send(peer, event, tuple(shown))
+        if step < total:
+            self._unless_held("progress", partial(self._step, peer, message, x, step + 1))
+            return
+        out: list[bytes] = []
+        latent = self._write(peer, x, message.out, out)
+        self._send(peer, m.Sampled(re=message.id, latent=latent, steps=total, seconds=0.0), tuple(out))
 
     def _welcome(self, message: m.Hello) -> m.Welcome:
         capabilities = ("flux", "lane") if self.lanes else ("flux",)

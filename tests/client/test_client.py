@@ -123,25 +123,44 @@ def test_a_sample_shows_every_step_and_returns_the_latent(daemon: FakeDaemon, cl
     def callback(step: int, total: int, sigma: float, x0: torch.Tensor | None) -> None:
         seen.append((step, total, sigma))
         shown.append(x0)
-        if (
-            step == 1
-        ):  # slow: when it is done, all steps have come, and most of their previews are written over
-            client.status()
+        daemon.let_go()  # the next step: in a rank it takes longer than an event to come here
 
+    daemon.hold.add("progress")
     sigmas = torch.linspace(1, 0, 11)
     with client.open_run(MODEL) as run:
         got = run.sample(noise, sigmas, "positive", negative="n", cfg=2.0, latent=x(), callback=callback)
     assert torch.allclose(got, noise + 10)
     assert [step for step, *_ in seen] == list(range(1, 11))
     assert [sigma for *_, sigma in seen] == [float(s) for s in sigmas[1:]]
-    for step, x0 in enumerate(shown, 1):  # a copy of its own, or nothing: never a later step's
-        assert x0 is None or torch.allclose(x0, noise + step)
-    assert shown[-1] is not None
+    for step, x0 in enumerate(shown, 1):
+        assert x0 is not None
+        assert torch.allclose(x0, noise + step)  # a copy of its own
     shown.clear()
     del got, x0
     assert in_use(client) == 0
     (asked,) = daemon.wait_for("sample")
     assert (asked.negative, asked.cfg, asked.sampler) == ("n", 2.0, "euler")
+
+
+def test_previews_that_were_written_over_meanwhile_are_not_shown(daemon: FakeDaemon, client: Client) -> None:
+    noise = x()
+    shown: dict[int, torch.Tensor] = {}
+
+    def callback(step: int, total: int, sigma: float, x0: torch.Tensor | None) -> None:
+        if x0 is not None:
+            shown[step] = x0
+        if step == 1:  # slow: when it is done, all steps have come
+            daemon.hold.clear()
+            daemon.let_go()
+            client.status()  # its answer comes behind them
+
+    daemon.hold.add("progress")
+    with client.open_run(MODEL) as run:
+        run.sample(noise, torch.linspace(1, 0, 11), "c", callback=callback)
+        in_slots = bool(daemon.wait_for("sample")[0].previews)
+    assert list(shown) == ([1, 9, 10] if in_slots else list(range(1, 11)))
+    for step, x0 in shown.items():
+        assert torch.allclose(x0, noise + step)
 
 
 def test_a_sample_without_previews_asks_for_none(daemon: FakeDaemon, client: Client) -> None:
