@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.daemon.world import DEADLINES, REF, VAE, World
+from xditd.daemon.runs import Run
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import XditError
@@ -274,6 +275,55 @@ def test_a_load_that_crashes_is_tried_again_until_the_limit():
     assert world.end_of(run.reopen).code == "model_failed"
     with pytest.raises(XditError, match="model_failed"):
         world.open()
+
+
+def waiting_for_the_third_generation() -> tuple[World, Run]:
+    """A world whose group died twice, and whose next generation starts in 8 seconds."""
+    world = World(restart_limit=10, restart_backoff=8.0)
+    run = world.open()
+    world.die(world.started[-1])
+    world.die(world.started[-1])
+    assert len(world.started) == 2
+    return world, run
+
+
+def test_a_group_that_died_twice_starts_again_after_a_while():
+    world, run = waiting_for_the_third_generation()
+    world.pass_time(7.0)
+    assert len(world.started) == 2
+    world.pass_time(2.0)
+    assert [group.generation for group in world.started] == [1, 2, 3]
+    world.ready(world.started[-1])
+    assert isinstance(world.end_of(run.reopen), m.RunOpened)
+
+
+def test_a_group_that_nobody_wants_any_more_does_not_start_again():
+    world, run = waiting_for_the_third_generation()
+    world.core.stop(run, "cancelled", world.now)
+    world.pass_time(9.0)
+    assert len(world.started) == 2
+    assert world.core.fleet.groups == {}
+
+
+def test_a_load_that_waits_is_reason_enough_to_start_again():
+    world, run = waiting_for_the_third_generation()
+    world.core.stop(run, "cancelled", world.now)
+    fleet = world.core.fleet
+    fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.key, world.now)
+    world.pass_time(9.0)
+    world.ready(world.started[2])
+    assert isinstance(world.end_of(99), m.Loaded)
+
+
+def test_a_daemon_that_stops_starts_no_group_again_and_says_so():
+    world, run = waiting_for_the_third_generation()
+    world.core.fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.key, world.now)
+    world.core.close(world.now)
+    assert world.end_of(99).code == "stopping"
+    world.pass_time(9.0)
+    assert len(world.started) == 2
+    assert world.core.fleet.groups == {}
+    assert world.end_of(run.reopen).code == "run_cancelled"
 
 
 def test_an_explicit_load_forgives():

@@ -37,6 +37,7 @@ class World:
 
     devices: tuple[str, ...] = ("cpu:0", "cpu:1")
     restart_limit: int = 3
+    restart_backoff: float = 0.0
     now: float = 1000.0
     answers: list[tuple[bytes, Struct]] = field(default_factory=list)
     orders: list[tuple[str, Struct]] = field(default_factory=list)
@@ -45,7 +46,7 @@ class World:
     ended: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        restarts = Restarts(self.restart_limit, 300.0)
+        restarts = Restarts(self.restart_limit, 300.0, self.restart_backoff)
         self.core = Dispatcher(self, self, DEADLINES, restarts, ended=lambda run: self.ended.append(run.id))
         self._requests = 0
 

@@ -152,11 +152,10 @@ class Dispatcher:
 
     def close(self, now: float) -> None:
         """The daemon stops: every run ends, every group leaves."""
-        self.draining = self.fleet.closed = True
+        self.draining = True
         for run in list(self.runs.values()):
             self.stop(run, "The daemon is stopping.", now)
-        for group in list(self.fleet.groups.values()):
-            self.fleet.leave(group, now)
+        self.fleet.close(now)
 
     # ---------------------------------------------------------------------------------------- from ranks
 

@@ -114,8 +114,7 @@ class Fleet:
         self.restarts.forgive(key)
         group = self.want(key, request.model, found, now)
         if group.state == "ready":
-            warm = m.Loaded(re=request.id, group=group.name, plan=key.plan, seconds=0.0, warm=True)
-            self.clients.answer(peer, warm)
+            self.clients.answer(peer, _loaded(request.id, group, 0.0, warm=True))
             return
         self._waiters.setdefault(group.name, []).append(Waiter(peer, request.id, now))
         self.clients.answer(peer, m.Queued(re=request.id, run=None, position=0, phase=group.phase))
@@ -131,6 +130,15 @@ class Fleet:
             self.ranks.order(group, o.Leave())
         else:
             self.ranks.kill(group)
+
+    def close(self, now: float) -> None:
+        """The daemon stops: every group leaves, and nothing starts any more."""
+        self.closed = True
+        for group in list(self.groups.values()):
+            if group.state == "gone":  # between two generations
+                self._replace(group, 0.0, now)
+            else:
+                self.leave(group, now)
 
     def forget_peer(self, peer: bytes) -> None:
         """A client is gone: nobody waits for its loads."""
@@ -162,10 +170,7 @@ class Fleet:
         group.ready_after = now - group.started
         group.used = now
         for waiter in self._waiters.pop(group.name, []):
-            seconds = now - waiter.since
-            loaded = m.Loaded(
-                re=waiter.request, group=group.name, plan=group.key.plan, seconds=seconds, warm=False
-            )
+            loaded = _loaded(waiter.request, group, now - waiter.since, warm=False)
             self.clients.answer(waiter.peer, loaded)
         self.listener.group_ready(group, now)
 
@@ -177,7 +182,7 @@ class Fleet:
         if group.all_gone and group.state in ("leaving", "failed"):
             group.go("ranks_gone")
             self.listener.group_gone(group, now)
-            self._replace(group, now)
+            self._replace(group, self.restarts.delay(group.key), now)
 
     def fail(self, group: Group, code: Code | str, problem: str, now: float) -> None:
         """Kills the group. A load that raised, or took too long, would again: it is given up at once."""
@@ -209,7 +214,7 @@ class Fleet:
                     self.fail(group, Code.DEADLINE_EXCEEDED, problem, now)
             elif group.state == "gone":
                 if group.restart_at is not None and now >= group.restart_at:
-                    self._start(group.name, group.generation + 1, group.ref, group.found, group.key, now)
+                    self._replace(group, 0.0, now)
             elif group.left_at is not None and now - group.left_at > limit.leave:
                 group.left_at = now
                 self.ranks.kill(group)
@@ -224,8 +229,8 @@ class Fleet:
         self.ranks.start(group)
         return group
 
-    def _replace(self, group: Group, now: float) -> None:
-        """Its ranks are gone: if somebody waits for it, the next generation starts, after a while if need be."""
+    def _replace(self, group: Group, delay: float, now: float) -> None:
+        """Its ranks are gone: if somebody waits for it, the next generation starts, after `delay` seconds."""
         group.restart_at = None
         if self.closed:
             del self.groups[group.name]
@@ -235,7 +240,7 @@ class Fleet:
         elif self.restarts.exhausted(group.key, now):
             del self.groups[group.name]
             self._give_up(group, Code.MODEL_FAILED, now)
-        elif delay := self.restarts.delay(group.key):
+        elif delay:
             group.restart_at = now + delay
         else:
             self._start(group.name, group.generation + 1, group.ref, group.found, group.key, now)
@@ -245,3 +250,15 @@ class Fleet:
         for waiter in self._waiters.pop(group.name, []):
             self.clients.answer(waiter.peer, failed(waiter.request, code, message))
         self.listener.given_up(group, code, message, now)
+
+
+def _loaded(request: int, group: Group, seconds: float, *, warm: bool) -> m.Loaded:
+    return m.Loaded(
+        re=request,
+        group=group.name,
+        plan=group.key.plan,
+        model=group.found.info,
+        dtype=group.key.dtype,
+        seconds=seconds,
+        warm=warm,
+    )
