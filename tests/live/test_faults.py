@@ -62,6 +62,7 @@ def test_a_killed_rank_costs_a_moment_and_not_the_picture(serve: Serve):
         (group,) = client.status().groups
         assert group.generation == 2
         assert not set(pids(client)) & set(victims)
+        assert [file.name for file in service.folder.glob("ranks-*/*.store")] == ["g1.2.store"]
 
 
 def test_a_killed_rank_is_noticed_within_50_ms(serve: Serve):

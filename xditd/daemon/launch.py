@@ -27,7 +27,7 @@ def rank_specs(group: Group, config: Config, runtime: Path) -> list[RankSpec]:
             device=rank.device,
             plan=group.key.plan,
             endpoint=f"ipc://{runtime}/ranks.sock",
-            store=f"file://{runtime}/{group.name}.{group.generation}.store",
+            store=f"file://{store(group, runtime)}",
             parent=os.getpid(),
             path=group.found.path,
             part=group.key.part,
@@ -40,6 +40,11 @@ def rank_specs(group: Group, config: Config, runtime: Path) -> list[RankSpec]:
         )
         for rank in group.ranks
     ]
+
+
+def store(group: Group, runtime: Path) -> Path:
+    """The file by which the group's ranks find each other. They leave it where they are killed."""
+    return runtime / f"{group.name}.{group.generation}.store"
 
 
 def environment(spec: RankSpec) -> dict[str, str]:

@@ -19,7 +19,7 @@ from xditd.daemon.config import Config
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.executor import LocalExecutor
 from xditd.daemon.groups import Group
-from xditd.daemon.launch import environment, rank_specs
+from xditd.daemon.launch import environment, rank_specs, store
 from xditd.daemon.wire import Wire
 from xditd.handoff.passing import pass_segment
 from xditd.protocol import codec
@@ -153,6 +153,14 @@ class Ranks:
         if group.alive:
             log.error("Rank %d %s.", rank, how, extra={"group": name, "rank": rank, "pid": pid})
         self.dispatcher.fleet.rank_gone(group, rank, how, time.monotonic())
+        if group.all_gone:
+            self._clean_up(group)
+
+    def _clean_up(self, group: Group) -> None:
+        """Nothing of a generation is left when its last rank is gone."""
+        store(group, self.runtime).unlink(missing_ok=True)
+        if self.dispatcher.fleet.groups.get(group.name) in (None, group):  # the next one has not started
+            self._passed.pop(group.name, None)
 
 
 def _identity(group: Group, rank: int) -> bytes:
