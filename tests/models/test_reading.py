@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from xditd.catalog.families.expected import LOADABLE
 from xditd.models import families
 from xditd.models.making import flux_facts, make_checkpoint, make_flux, make_models, make_vae, vae_facts
 from xditd.models.reading import Piece, WeightFile, fill
@@ -50,6 +51,19 @@ def test_a_file_that_aligns_nothing_is_read_all_the_same(tmp_path: Path) -> None
     file = WeightFile(tmp_path / "odd.safetensors")
     assert file.header.data_offset % 2 == 1
     assert torch.equal(file.tensor("a"), weights["a"])
+
+
+@pytest.mark.parametrize("kind", LOADABLE)
+def test_every_dtype_that_the_catalog_lets_pass_is_read_and_converted(tmp_path: Path, kind: str) -> None:
+    dtype = getattr(torch, LOADABLE[kind])
+    weights = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    save_file({"weight": weights}, tmp_path / "w.safetensors")
+    file = WeightFile(tmp_path / "w.safetensors")
+    assert file.header.tensors["weight"].dtype == kind
+    with torch.device("meta"):
+        linear = torch.nn.Linear(3, 4, bias=False)
+    fill(linear, {"weight": Piece("weight")}, file, CPU, torch.float32)
+    assert torch.equal(linear.weight, weights.float())
 
 
 def test_a_network_that_the_file_does_not_fill_is_refused_by_name(tmp_path: Path) -> None:

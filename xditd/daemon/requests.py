@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from xditd.catalog.catalog import Catalog, Found
 from xditd.catalog.families import family
-from xditd.daemon import planner
+from xditd.daemon import dtypes, planner
 from xditd.daemon.devices import Device, free_memory
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.groups import Group
@@ -27,6 +27,7 @@ from xditd.daemon.work import failed
 from xditd.protocol import messages as m
 from xditd.protocol.codec import MAX_HEADER
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.tensors import ITEMSIZE
 
 log = logging.getLogger("xditd.requests")
 
@@ -52,7 +53,7 @@ class Requests:
     ) -> None:
         """
         Args:
-            dtype: compute dtype where a request names none; "" is the file's own on a GPU, float32 on a CPU.
+            dtype: compute dtype where a request names none; "" leaves it to `dtypes.choose`.
             reserve_memory: bytes of each GPU that are not ours.
             frame_bytes_per_client: that the daemon keeps for the runs of a client without shared memory.
             stop: ends the daemon, after a Drain that asks for it.
@@ -145,14 +146,8 @@ class Requests:
     async def _find(self, ref: m.ModelRef, request: m.PlanRequest) -> tuple[Found, Key]:
         found: Found = await asyncio.to_thread(self.catalog.find, ref)
         plan = planner.plan(request, found.info, list(self.devices))
-        # Most CPUs compute 16-bit floats many times slower than 32-bit ones.
-        own = found.info.dtype if self.devices[plan.devices[0]].is_cuda else "float32"
-        dtype = ref.dtype or self.dtype or own
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise XditError(
-                Code.BAD_VALUE,
-                f"{ref.name} cannot be computed in {dtype!r}; name float32, float16 or bfloat16.",
-            )
+        is_cuda = self.devices[plan.devices[0]].is_cuda
+        dtype = dtypes.choose(found.info, asked=ref.dtype, configured=self.dtype, is_cuda=is_cuda)
         return found, Key(found.path, found.info.part, dtype, plan)
 
     def _check_memory(self, found: Found, key: Key) -> None:
@@ -162,11 +157,12 @@ class Requests:
             return
         for name in key.plan.devices:
             free = free_memory(self.devices[name])
-            if free is not None and found.info.bytes > free - self.reserve_memory:
+            needed = found.info.parameters * ITEMSIZE[key.dtype]
+            if free is not None and needed > free - self.reserve_memory:
                 here = [f"{g.name} ({g.ref.name})" for g in groups if name in g.devices]
                 raise XditError(
                     Code.OUT_OF_MEMORY,
-                    f"{found.info.name} has {found.info.bytes / 2**30:.1f} GiB of weights, but {name} has "
+                    f"{found.info.name} has {needed / 2**30:.1f} GiB of weights, but {name} has "
                     f"{(free - self.reserve_memory) / 2**30:.1f} GiB free; "
                     + (f"unload {' or '.join(here)}." if here else "another program holds the rest."),
                 )

@@ -17,7 +17,13 @@ from torch import nn
 from xditd.catalog.header import Header, read_header
 from xditd.protocol.errors import Code, XditError
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 """The dtypes of files that are loaded, by the format's names (`catalog.families.expected.LOADABLE`)."""
 
 STAGING = 64 << 20

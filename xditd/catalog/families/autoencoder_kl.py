@@ -10,12 +10,13 @@ from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
-from xditd.protocol.tensors import Tensor
+from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "autoencoder_kl"
 label = "an AutoencoderKL VAE"
 part = "vae"
 parallel = False
+dtypes = FLOATS
 
 IMAGE_CHANNELS = 3
 NORM_GROUPS = 32  # of every normalisation; shapes do not tell it

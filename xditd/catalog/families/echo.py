@@ -11,12 +11,13 @@ from xditd.catalog.families import inputs
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.messages import ModelInfo, Plan, Sample
-from xditd.protocol.tensors import Tensor
+from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "echo"
 label = "the echo of tests"
 part = ""
 parallel = True
+dtypes = FLOATS
 
 
 def detect(header: Header, prefix: str) -> Detected | None:

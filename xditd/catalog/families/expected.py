@@ -101,8 +101,14 @@ def check_shapes(header: Header, prefix: str, shapes: Shapes, label: str) -> fro
     return frozenset(prefix + key for key in shapes)
 
 
-LOADABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtypes of files that the ranks load, with torch's names."""
+LOADABLE = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""The dtypes of files that the ranks load, with torch's names. What nothing computes in is converted at loading."""
 
 
 def _check_dtypes(header: Header, prefix: str, shapes: Shapes, unknown: list[str], label: str) -> None:
@@ -115,8 +121,8 @@ def _check_dtypes(header: Header, prefix: str, shapes: Shapes, unknown: list[str
     for key in shapes:
         entry = header.tensors.get(prefix + key)
         if entry is not None and entry.dtype not in LOADABLE:
-            kind = "fp8" if entry.dtype.startswith("F8") else f"{entry.dtype} (quantised)"
             raise XditError(
                 Code.NOT_BUILT,
-                f"{header.name} is {label} in {kind}, which this version does not load; use its bf16 or fp16 file.",
+                f"{header.name} is {label} in {entry.dtype} (quantised), which this version does not load; use its bf16 "
+                "or fp16 file.",
             )

@@ -36,6 +36,7 @@ class Family(Protocol):
     label: str  # as a sentence names one of it: "a Flux transformer"
     part: str  # of a checkpoint: "transformer" or "vae"; "" is never detected in a file
     parallel: bool  # whether more than one device can hold a model of it
+    dtypes: tuple[str, ...]  # that it computes right in
 
     def detect(self, header: Header, prefix: str) -> Detected | None:
         """What the file holds under the prefix, or None where it is not of this family.

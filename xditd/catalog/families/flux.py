@@ -11,12 +11,13 @@ from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
-from xditd.protocol.tensors import Tensor
+from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "flux"
 label = "a Flux transformer"
 part = "transformer"
 parallel = True
+dtypes = FLOATS
 
 PATCH = 2  # latent pixels of one token, each way
 TIME_WIDTH = 256  # sinusoidal features of a timestep, before their embedding
