@@ -7,6 +7,7 @@ tied to the thread that spawned it; so ranks are spawned from the main thread, w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import msgspec
@@ -56,38 +58,49 @@ class LocalExecutor:
         self._loop = asyncio.get_running_loop()
 
     def spawn(self, spec: RankSpec, environment: Mapping[str, str]) -> Process:
-        """Starts one rank. Its standard input carries the spec."""
-        ours = theirs = None
-        if spec.rank == 0:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            spec = msgspec.structs.replace(spec, arena_fd=theirs.fileno())
-        lane, lane_fd = pair()
-        spec = msgspec.structs.replace(spec, lane_fd=lane_fd)
-        reader, writer = os.pipe()
-        popen = subprocess.Popen(
-            [sys.executable, "-m", "xditd.rank"],
-            stdin=subprocess.PIPE,
-            stdout=writer,
-            stderr=writer,
-            pass_fds=(lane_fd, theirs.fileno()) if theirs is not None else (lane_fd,),
-            env={**os.environ, **environment},
-        )
-        os.close(writer)
-        os.close(lane_fd)
-        if theirs is not None:
-            theirs.close()
-        assert popen.stdin is not None
-        try:
-            popen.stdin.write(msgspec.json.encode(spec))  # far below a pipe's capacity: does not block
-            popen.stdin.close()
-        except BrokenPipeError:
-            pass  # it is dead already: its pidfd will say so
-        os.set_blocking(reader, False)
-        process = Process(spec.group, spec.rank, popen, os.pidfd_open(popen.pid), ours, lane, reader)
+        """Starts one rank. Its standard input carries the spec.
+
+        Raises:
+            OSError: no descriptors, processes or memory are left. Nothing of the rank is left either.
+        """
+        with ExitStack() as theirs, ExitStack() as ours:
+            lane, lane_fd = pair()
+            ours.callback(lane.close)
+            theirs.callback(os.close, lane_fd)
+            arena, arena_fd = None, -1
+            if spec.rank == 0:
+                arena, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ours.callback(arena.close)
+                theirs.callback(other.close)
+                arena_fd = other.fileno()
+            output, writer = os.pipe()
+            ours.callback(os.close, output)
+            theirs.callback(os.close, writer)
+            os.set_blocking(output, False)
+            popen = subprocess.Popen(
+                [sys.executable, "-m", "xditd.rank"],
+                stdin=subprocess.PIPE,
+                stdout=writer,
+                stderr=writer,
+                pass_fds=[fd for fd in (lane_fd, arena_fd) if fd >= 0],
+                env={**os.environ, **environment},
+            )
+            ours.callback(popen.wait)
+            ours.callback(popen.kill)
+            spec = msgspec.structs.replace(spec, arena_fd=arena_fd, lane_fd=lane_fd)
+            assert popen.stdin is not None
+            # Far below a pipe's capacity: it does not block. If the rank is dead already, its pidfd will say so.
+            with contextlib.suppress(BrokenPipeError), popen.stdin:
+                popen.stdin.write(msgspec.json.encode(spec))
+            pidfd = os.pidfd_open(popen.pid)
+            ours.callback(os.close, pidfd)
+            process = Process(spec.group, spec.rank, popen, pidfd, arena, lane, output)
+            watched = ((pidfd, self._ended), (lane.fileno(), self._hear), (output, self._read_output))
+            for fd, look in watched:
+                self._loop.add_reader(fd, look, process)
+                ours.callback(self._loop.remove_reader, fd)
+            ours.pop_all()  # they live as long as the process
         self.processes[spec.group, spec.rank] = process
-        self._loop.add_reader(process.pidfd, self._ended, process)
-        self._loop.add_reader(lane.fileno(), self._hear, process)
-        self._loop.add_reader(reader, self._read_output, process)
         return process
 
     def of(self, group: str) -> list[Process]:

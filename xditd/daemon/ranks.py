@@ -5,6 +5,7 @@ Rank 0 is given the descriptors of a client's segments before the first order th
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from xditd.daemon.wire import Wire
 from xditd.handoff.passing import pass_segment
 from xditd.protocol import codec
 from xditd.protocol import orders as o
-from xditd.protocol.errors import XditError
+from xditd.protocol.errors import Code, XditError
 
 log = logging.getLogger("xditd.groups")
 
@@ -60,7 +61,13 @@ class Ranks:
     def start(self, group: Group) -> None:
         self._passed[group.name] = set()
         for spec in rank_specs(group, self.config, self.runtime):
-            group.ranks[spec.rank].pid = self.executor.spawn(spec, environment(spec)).popen.pid
+            try:
+                group.ranks[spec.rank].pid = self.executor.spawn(spec, environment(spec)).popen.pid
+            except OSError as error:
+                # The dispatcher is in the middle of deciding: it hears of it when it is done.
+                problem = f"Rank {spec.rank} could not be started: {error.strerror or error}"
+                asyncio.get_running_loop().call_soon(self._not_started, group, problem)
+                return
         log.info(
             "Starting %s on %s (%s).",
             group.ref.name,
@@ -68,6 +75,13 @@ class Ranks:
             group.key.plan.reason,
             extra={"group": group.name, "generation": group.generation},
         )
+
+    def _not_started(self, group: Group, problem: str) -> None:
+        """Fails the group, which kills those of its ranks that did start; the others are gone already."""
+        self.dispatcher.fleet.fail(group, Code.LOAD_FAILED, problem, time.monotonic())
+        for rank in group.ranks:
+            if not rank.pid:
+                self._rank_gone(group, rank.rank, "was never started")
 
     def order(
         self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()
@@ -152,12 +166,13 @@ class Ranks:
             return
         if group.alive:
             log.error("Rank %d %s.", rank, how, extra={"group": name, "rank": rank, "pid": pid})
-        self.dispatcher.fleet.rank_gone(group, rank, how, time.monotonic())
-        if group.all_gone:
-            self._clean_up(group)
+        self._rank_gone(group, rank, how)
 
-    def _clean_up(self, group: Group) -> None:
+    def _rank_gone(self, group: Group, rank: int, how: str) -> None:
         """Nothing of a generation is left when its last rank is gone."""
+        self.dispatcher.fleet.rank_gone(group, rank, how, time.monotonic())
+        if not group.all_gone:
+            return
         store(group, self.runtime).unlink(missing_ok=True)
         if self.dispatcher.fleet.groups.get(group.name) in (None, group):  # the next one has not started
             self._passed.pop(group.name, None)
