@@ -17,7 +17,7 @@ class Daemon(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(restart_limit=4)
+        self.world = World(restart_limit=4, restart_backoff=3.0)
         self.requests: list[int] = []
 
     def runs(self) -> list:
