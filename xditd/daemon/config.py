@@ -52,7 +52,7 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     # "kind/name": "diffusion_models/flux1-dev.safetensors"
     model: Annotated[str, Meta(pattern=r"^[a-z_]+/.+")]
-    part: Literal["", "transformer", "vae"] = ""  # of a checkpoint
+    part: Literal["", "transformer", "vae", "clip_l", "clip_g", "t5xxl"] = ""  # of a checkpoint
     dtype: Dtype = ""  # "" is compute.dtype
     devices: tuple[str, ...] = ()  # () is all that the daemon owns
     strategy: str = "auto"
@@ -149,6 +149,7 @@ class Debug(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     echo: bool = False  # serve the family "echo": ranks that do no work
     rank_options: dict[str, str] = field(default_factory=dict)  # handed to every rank: fault injection
+    rank_command: tuple[str, ...] = ()  # starts a rank of a test's own; () is python -m xditd.rank
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

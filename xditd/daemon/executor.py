@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -24,6 +24,9 @@ from xditd.handoff.lane import Lane, pair
 from xditd.protocol.orders import RankSpec
 
 log = logging.getLogger("xditd.rank")
+
+OWN = (sys.executable, "-m", "xditd.rank")
+"""The rank program of this installation."""
 
 
 @dataclass(slots=True)
@@ -51,7 +54,12 @@ Heard = Callable[[str, int, int, bytes], None]
 class LocalExecutor:
     """The rank processes of this daemon, by (group, rank)."""
 
-    def __init__(self, gone: Gone, heard: Heard) -> None:
+    def __init__(self, gone: Gone, heard: Heard, command: Sequence[str] = OWN) -> None:
+        """
+        Args:
+            command: what a rank is started with.
+        """
+        self.command = command
         self.gone = gone
         self.heard = heard
         self.processes: dict[tuple[str, int], Process] = {}
@@ -78,7 +86,7 @@ class LocalExecutor:
             theirs.callback(os.close, writer)
             os.set_blocking(output, False)
             popen = subprocess.Popen(
-                [sys.executable, "-m", "xditd.rank"],
+                list(self.command),
                 stdin=subprocess.PIPE,
                 stdout=writer,
                 stderr=writer,

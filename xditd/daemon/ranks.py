@@ -18,7 +18,7 @@ from msgspec import Struct
 from xditd.daemon.arenas import Arena
 from xditd.daemon.config import Config
 from xditd.daemon.dispatcher import Dispatcher
-from xditd.daemon.executor import LocalExecutor
+from xditd.daemon.executor import OWN, LocalExecutor
 from xditd.daemon.groups import Group
 from xditd.daemon.launch import environment, rank_specs, store
 from xditd.daemon.wire import Wire
@@ -50,7 +50,7 @@ class Ranks:
         self.runtime = runtime
         self.config = config
         self.arena_of = arena_of
-        self.executor = LocalExecutor(self._gone, self._heard)
+        self.executor = LocalExecutor(self._gone, self._heard, config.debug.rank_command or OWN)
         self._passed: dict[str, set[int]] = {}  # group → segments that its rank 0 has
         self._wire = Wire(context, f"ipc://{runtime}/ranks.sock", self._receive, SNDHWM=0, RCVHWM=0)
 
