@@ -19,7 +19,15 @@ class Scripted:
         self.answers: dict[str, Any] = {
             "status": reports.report(),
             "models": reports.models(),
-            "load": Loaded(re=1, group="g3", plan=reports.PLAN, seconds=4.2, warm=False),
+            "load": Loaded(
+                re=1,
+                group="g3",
+                plan=reports.PLAN,
+                model=reports.models().models[0],
+                dtype="bfloat16",
+                seconds=4.2,
+                warm=False,
+            ),
             "unload": Unloaded(re=1, groups=("g3", "g4")),
             "cancel": None,
             "drain": None,

@@ -366,6 +366,8 @@ class Loaded(Struct, frozen=True, kw_only=True, tag="loaded", tag_field="type"):
     re: Id
     group: str
     plan: Plan
+    model: ModelInfo
+    dtype: str  # that it computes in
     seconds: float
     warm: bool  # it was ready before
 
