@@ -280,7 +280,7 @@ def test_no_spoilt_file_does_anything_but_be_refused(part, shapes):
 
 def test_families_are_found_by_name():
     assert family("flux").part == "transformer"
-    assert set(FAMILIES) == {"flux", "autoencoder_kl", "echo"}
+    assert set(FAMILIES) == {"flux", "autoencoder_kl", "clip", "t5", "echo"}
     with pytest.raises(XditError) as caught:
         family("sd3")
     assert caught.value.code is Code.UNKNOWN_FAMILY

@@ -29,6 +29,16 @@ def test_what_was_asked_wins_then_the_configuration_then_the_file(asked, configu
     assert choose(model("bfloat16"), asked=asked, configured=configured, is_cuda=is_cuda) == expected
 
 
+def test_a_t5_is_never_computed_in_float16():
+    t5 = model("float16", family="t5")
+    assert choose(t5, asked="", configured="", is_cuda=True) == "bfloat16"
+    assert choose(t5, asked="", configured="float16", is_cuda=True) == "bfloat16"
+    assert choose(t5, asked="float32", configured="", is_cuda=True) == "float32"
+    assert choose(t5, asked="", configured="", is_cuda=False) == "float32"
+    with pytest.raises(XditError, match="float32 or bfloat16 would work"):
+        choose(t5, asked="float16", configured="", is_cuda=True)
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 def test_nothing_computes_in_fp8(dtype):
     assert choose(model(dtype), asked="", configured="", is_cuda=True) == "bfloat16"

@@ -20,8 +20,9 @@ from xditd.protocol.tensors import FLOATS
 
 PARTS: dict[str, tuple[str, ...]] = {
     "diffusion_models": ("transformer",),
-    "checkpoints": ("transformer", "vae"),
+    "checkpoints": ("transformer", "vae", "clip_l", "clip_g", "t5xxl"),
     "vae": ("vae",),
+    "text_encoders": ("text_encoder",),
 }
 """By kind: the parts that its files may have; the first is what an empty part means."""
 
@@ -214,7 +215,7 @@ def _part(kind: str, ref: ModelRef) -> str:
     if part not in parts:
         raise XditError(
             Code.BAD_VALUE,
-            f"A file of {kind} has no part {shown(part)!r}; it has {' and '.join(parts)}.",
+            f"A file of {kind} has no part {shown(part)!r}; it may have {', '.join(parts)}.",
         )
     return part
 

@@ -19,10 +19,17 @@ from xditd.protocol.errors import Code, XditError
 PREFIXES: dict[str, tuple[str, ...]] = {
     "transformer": ("", "model.diffusion_model."),
     "vae": ("", "first_stage_model.", "vae."),
+    "text_encoder": ("",),
+    "clip_l": ("text_encoders.clip_l.transformer.",),
+    "clip_g": ("text_encoders.clip_g.transformer.",),
+    "t5xxl": ("text_encoders.t5xxl.transformer.",),
 }
 """By part: what a file may put before the keys of that part. All-in-one checkpoints have all but the first."""
 
-RUNS = "this version runs Flux transformers and AutoencoderKL VAEs"
+ROLES = {"clip_l": "text_encoder", "clip_g": "text_encoder", "t5xxl": "text_encoder"}
+"""What parts are that a checkpoint has several of; any other part is what its name says (`Family.part`)."""
+
+RUNS = "this version runs Flux transformers, AutoencoderKL VAEs, and CLIP and T5 text encoders"
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
@@ -44,7 +51,7 @@ def recognise(header: Header, part: str) -> Recognised:
 
     Args:
         header: of the file.
-        part: "transformer" or "vae".
+        part: one of PREFIXES.
 
     Raises:
         XditError: `not_built` for a known kind of model that this version does not run, `unknown_family` for an
@@ -58,7 +65,7 @@ def recognise(header: Header, part: str) -> Recognised:
     if lookalike:
         raise _not_built(header, lookalike)
     for name, family in FAMILIES.items():
-        if family.part != part:
+        if family.part != role(part):
             continue
         for prefix in PREFIXES[part]:
             found = family.detect(header, prefix)
@@ -76,6 +83,11 @@ def recognise(header: Header, part: str) -> Recognised:
     if other:
         raise _not_built(header, other)
     raise _unknown(header, part)
+
+
+def role(part: str) -> str:
+    """What a part is in the making of a picture: "transformer", "vae" or "text_encoder"."""
+    return ROLES.get(part, part)
 
 
 def _dtype(entries: Iterable[TensorEntry]) -> str:
@@ -106,7 +118,7 @@ def _unknown(header: Header, part: str) -> XditError:
 
 def _holds(header: Header, part: str) -> str:
     for family in FAMILIES.values():
-        if family.part == part:
+        if family.part == role(part):
             for prefix in PREFIXES[part]:
                 try:
                     if family.detect(header, prefix) is not None:

@@ -16,8 +16,9 @@ from msgspec import Struct
 
 from xditd.client.connection import Connection, Hear
 from xditd.client.request import anew
-from xditd.client.run import Interrupt, Run, T, forked
+from xditd.client.run import Interrupt, Run, forked
 from xditd.client.search import connect
+from xditd.client.values import T
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
 
@@ -208,6 +209,35 @@ class Client:
             vae_model, plan, label="encode", on_event=on_event, interrupt=interrupt, timeout=timeout
         ) as run:
             return run.encode(image, interrupt=interrupt)
+
+    def encode_text(
+        self,
+        text_model: m.ModelRef | str,
+        tokens: T,
+        plan: m.PlanRequest | None = None,
+        *,
+        vectors: T | None = None,
+        mask: T | None = None,
+        layer: int | None = None,
+        final_norm: bool = True,
+        pooled: str = "none",
+        on_event: OnEvent | None = None,
+        interrupt: Interrupt | None = None,
+        timeout: float | None = None,
+    ) -> tuple[T, T | None]:
+        """Tokens [B, n] to hidden states and the pooled output, as `Run.encode_text`: a run of one turn."""
+        with self.open_run(
+            text_model, plan, label="encode text", on_event=on_event, interrupt=interrupt, timeout=timeout
+        ) as run:
+            return run.encode_text(
+                tokens,
+                vectors=vectors,
+                mask=mask,
+                layer=layer,
+                final_norm=final_norm,
+                pooled=pooled,
+                interrupt=interrupt,
+            )
 
     def cancel(self, run_id: int) -> None:
         """Ends a run, also another client's; returns when it has ended: after the step it is in."""

@@ -35,7 +35,7 @@ Hear = Callable[[Any, "list[Any]"], None]
 TICK = 0.02
 """Seconds between two looks at whether a wait is to be interrupted."""
 
-BY_LANE = (m.PutConditioning, m.Denoise, m.Decode, m.Encode)
+BY_LANE = (m.PutConditioning, m.Denoise, m.Decode, m.Encode, m.EncodeText)
 """Requests that take the lane: those of a step, with one answer and hardly an event. Of one run they must not overtake
 each other, so all of them do."""
 

@@ -62,6 +62,10 @@ class Parcel:
         """A slot for an output; None where it will come as a frame."""
         return None if self._arena is None else self._take(self._arena, dtype, shape, nbytes)[1]
 
+    def floats(self, shape: tuple[int, ...]) -> Tensor | None:
+        """A slot for a float32 output of that shape; None where it will come as a frame."""
+        return self.room("float32", shape, nbytes_of("float32", shape))
+
     def open(self, tensor: Tensor, wanted: Tensor | None, frames: Sequence[Any]) -> Buffer:
         """An output: a view of its slot, which is given back when the last view of it is gone, or its frame.
 

@@ -24,6 +24,7 @@ ANSWERS: dict[type[Struct], type[Struct]] = {
     m.Sample: m.Sampled,
     m.Decode: m.Decoded,
     m.Encode: m.Encoded,
+    m.EncodeText: m.TextEncoded,
     m.Cancel: m.Cancelled,
     m.Close: m.Closed,
     m.Drain: m.Drained,

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import Any, Union
 
 from msgspec import Struct
 
-from xditd.client.buffers import Buffer, Source
+from xditd.client import text
 from xditd.client.connection import Connection, Hear
-from xditd.client.parcel import Parcel, nbytes_of
+from xditd.client.parcel import Parcel
 from xditd.client.request import Request, anew
 from xditd.client.step import Step
+from xditd.client.values import T, like, source
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.tensors import Tensor
 
-if TYPE_CHECKING:
-    import torch
-
-T = TypeVar("T", bound="Union[torch.Tensor, Buffer]")
 Interrupt = Callable[[], None]
 Times = Union[float, Sequence[float]]
 
@@ -96,7 +91,7 @@ class Run:
         """
         parcel = self._parcel()
         try:
-            described = {name: parcel.put(_source(tensor)) for name, tensor in tensors.items()}
+            described = {name: parcel.put(source(tensor)) for name, tensor in tensors.items()}
         except BaseException:
             parcel.release()
             raise
@@ -131,14 +126,14 @@ class Run:
         try:
             asked = []
             for x, t, key in items:
-                given, room = step.put(_source(x))
+                given, room = step.put(source(x))
                 asked.append(m.DenoiseItem(x=given, t=_times(t), conditioning=key, out=room))
         except BaseException:
             step.release()
             raise
         replaced = self._replaced[:]
         request = self._connection.begin(m.Denoise, {"run": self.id, "items": tuple(asked)}, step)
-        results = [_like(item[0], buffer) for item, buffer in zip(items, step.ahead(), strict=True)]
+        results = [like(item[0], buffer) for item, buffer in zip(items, step.ahead(), strict=True)]
         answer, _ = self._finish_turn(request, replaced, self._hear, interrupt)
         try:
             step.lend(answer.outputs)
@@ -151,7 +146,7 @@ class Run:
     ) -> list[T]:
         parcel = self._parcel()
         asked = tuple(
-            m.DenoiseItem(x=parcel.put(_source(x)), t=_times(t), conditioning=key) for x, t, key in items
+            m.DenoiseItem(x=parcel.put(source(x)), t=_times(t), conditioning=key) for x, t, key in items
         )
         request = self._connection.begin(m.Denoise, {"run": self.id, "items": asked}, parcel)
         answer, frames = self._finish_turn(request, self._replaced[:], self._hear, interrupt)
@@ -161,7 +156,7 @@ class Run:
                 f"The daemon answered {len(items)} items with {len(answer.outputs)} outputs.",
             )
         return [
-            _like(item[0], parcel.open(output, None, frames))
+            like(item[0], parcel.open(output, None, frames))
             for item, output in zip(items, answer.outputs, strict=True)
         ]
 
@@ -197,17 +192,17 @@ class Run:
             The latent in the model's own scale, shaped and typed as the noise.
         """
         parcel = self._parcel()
-        source = _source(noise)
-        place = (source.dtype, source.shape, source.nbytes)
+        given = source(noise)
+        place = (given.dtype, given.shape, given.nbytes)
         shown = callback is not None and previews
         try:
             fields = {
                 "run": self.id,
                 "sampler": sampler,
                 "sigmas": _times(sigmas),
-                "noise": parcel.put(source),
+                "noise": parcel.put(given),
                 "conditioning": conditioning,
-                "latent": None if latent is None else parcel.put(_source(latent)),
+                "latent": None if latent is None else parcel.put(source(latent)),
                 "negative": negative,
                 "cfg": float(cfg),
                 "out": (room := parcel.room(*place)),
@@ -230,14 +225,14 @@ class Run:
                 return
             x0 = None
             if event.preview is not None:
-                x0 = _like(noise, parcel.copy(event.preview, frames))
+                x0 = like(noise, parcel.copy(event.preview, frames))
                 if room is not None and self._connection.behind(request) > _PREVIEWS - 3:
                     x0 = None  # the rank may have begun to write over it while it was copied
             callback(event.step, event.total, event.sigma, x0)
 
         answer, frames = self._finish_turn(request, replaced, hear, interrupt)
         try:
-            return _like(noise, parcel.open(answer.latent, room, frames))
+            return like(noise, parcel.open(answer.latent, room, frames))
         finally:
             parcel.release()
 
@@ -260,6 +255,40 @@ class Run:
             return (shape[0], channels, shape[1] // scale, shape[2] // scale)
 
         return self._turn(m.Encode, "image", image, latent, "latent", interrupt)
+
+    def encode_text(
+        self,
+        tokens: T,
+        *,
+        vectors: T | None = None,
+        mask: T | None = None,
+        layer: int | None = None,
+        final_norm: bool = True,
+        pooled: str = "none",
+        interrupt: Interrupt | None = None,
+    ) -> tuple[T, T | None]:
+        """Text encoder: tokens [B, n] to hidden states [B, n, width] and the pooled output [B, width], both float32.
+
+        Args:
+            tokens: int32 or int64; -1 - i stands for row i of `vectors`.
+            vectors: [k, width], of textual inversion.
+            mask: [B, n] int32, int64 or uint8: what is 0 is not attended to; None attends to all.
+            layer: whose hidden state: 0 is the first block's, -1 the last's; None is the last's after the final norm.
+            final_norm: whether the hidden state of a `layer` goes through the final norm, too.
+            pooled: "none"; of CLIP "plain", that of the text's end, or "projected", that times the projection.
+        """
+        parcel = self._parcel()
+        fields = {"run": self.id, "layer": layer, "final_norm": final_norm, "pooled": pooled}
+        try:
+            fields |= text.put(parcel, self.model.facts, tokens, vectors, mask, pooled)
+        except BaseException:
+            parcel.release()
+            raise
+        answer, frames = self._ask(m.EncodeText, fields, parcel, interrupt)
+        try:
+            return text.opened(parcel, tokens, fields, answer, frames)
+        finally:
+            parcel.release()
 
     # ---------------------------------------------------------------------------------------------------- its end
 
@@ -394,18 +423,16 @@ class Run:
         """One tensor in, one float32 tensor out; as a frame where its size is not known beforehand."""
         parcel = self._parcel()
         try:
-            source = _source(tensor)
-            shape = shape_of(source.shape)
-            room: Tensor | None = None
-            if shape is not None:
-                room = parcel.room("float32", shape, nbytes_of("float32", shape))
-            fields = {"run": self.id, what: parcel.put(source), "out": room}
+            given = source(tensor)
+            shape = shape_of(given.shape)
+            room = None if shape is None else parcel.floats(shape)
+            fields = {"run": self.id, what: parcel.put(given), "out": room}
         except BaseException:
             parcel.release()
             raise
         answer, frames = self._ask(kind, fields, parcel, interrupt)
         try:
-            return _like(tensor, parcel.open(getattr(answer, answered), room, frames))
+            return like(tensor, parcel.open(getattr(answer, answered), room, frames))
         finally:
             parcel.release()
 
@@ -417,23 +444,6 @@ def forked(pid: int) -> XditError:
         f"This client belongs to process {pid} and cannot be used in process {os.getpid()}, which was forked from it; "
         "make a new Client there.",
     )
-
-
-def _source(tensor: Any) -> Source:
-    return tensor if isinstance(tensor, Buffer) else _with_torch().TensorSource(tensor)
-
-
-def _like(given: T, result: Buffer) -> Any:
-    """The result as the kind of thing that was given."""
-    return result if isinstance(given, Buffer) else _with_torch().read(result)
-
-
-@lru_cache(maxsize=1)
-def _with_torch() -> Any:
-    """The module that imports torch: not before a tensor comes, and looked up once."""
-    from xditd.client import tensors
-
-    return tensors
 
 
 def _times(t: Any) -> tuple[float, ...]:

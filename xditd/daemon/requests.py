@@ -93,7 +93,7 @@ class Requests:
                 )
                 self._check_room(run, message.key, frames)
                 self.dispatcher.put(run, message, frames, now)
-            case m.Denoise() | m.Sample() | m.Decode() | m.Encode():
+            case m.Denoise() | m.Sample() | m.Decode() | m.Encode() | m.EncodeText():
                 run = self._run(session, message.run)
                 _check_work(run, message)
                 self.dispatcher.ask(run, message, frames, now)
@@ -262,8 +262,10 @@ def _check_work(run: Run, work: Work) -> None:
         rules.check_sample(info, work, _conditioning(run, work.conditioning), negative)
     elif isinstance(work, m.Decode):
         rules.check_decode(info, work.latent, work.out)
-    else:
+    elif isinstance(work, m.Encode):
         rules.check_encode(info, work.image, work.out)
+    else:
+        rules.check_encode_text(info, work)
 
 
 def _conditioning(run: Run, key: str) -> dict[str, Any]:

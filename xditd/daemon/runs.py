@@ -16,6 +16,7 @@ from xditd.protocol.messages import (
     Decode,
     Denoise,
     Encode,
+    EncodeText,
     ModelRef,
     Plan,
     PutConditioning,
@@ -26,7 +27,7 @@ from xditd.protocol.messages import (
 MAX_REBINDS = 2
 """How often one request is asked again of another group after its group died, before its run fails."""
 
-Work = Denoise | Sample | Decode | Encode
+Work = Denoise | Sample | Decode | Encode | EncodeText
 """The requests that need turns of a group."""
 
 

@@ -91,6 +91,12 @@ def places(message: Struct) -> Iterator[tuple[str, Tensor, bool]]:
             yield "out", message.out, True
         for index, preview in enumerate(message.previews):
             yield f"preview {index}", preview, True
+    elif isinstance(message, m.EncodeText):
+        yield "tokens", message.tokens, False
+        for what in ("vectors", "mask", "out", "pooled_out"):
+            tensor = getattr(message, what)
+            if tensor is not None:
+                yield what, tensor, what.endswith("out")
     elif isinstance(message, (m.Decode, m.Encode)):
         yield (
             ("latent", message.latent, False)

@@ -13,8 +13,8 @@ from xditd.protocol import orders as o
 from xditd.protocol.errors import Code
 from xditd.protocol.tensors import Tensor
 
-Answer = m.Denoised | m.Sampled | m.Decoded | m.Encoded
-Turn = o.TurnDenoise | o.TurnSample | o.TurnDecode | o.TurnEncode
+Answer = m.Denoised | m.Sampled | m.Decoded | m.Encoded | m.TextEncoded
+Turn = o.TurnDenoise | o.TurnSample | o.TurnDecode | o.TurnEncode | o.TurnEncodeText
 
 
 def begin(run: int, work: m.Sample) -> o.BeginSample:
@@ -43,7 +43,20 @@ def turn(order: int, run: int, asked: Asked) -> Turn:
         return o.TurnSample(order=order, run=run, step=asked.step)
     if isinstance(work, m.Decode):
         return o.TurnDecode(order=order, run=run, latent=work.latent, out=work.out)
-    return o.TurnEncode(order=order, run=run, image=work.image, out=work.out)
+    if isinstance(work, m.Encode):
+        return o.TurnEncode(order=order, run=run, image=work.image, out=work.out)
+    return o.TurnEncodeText(
+        order=order,
+        run=run,
+        tokens=work.tokens,
+        vectors=work.vectors,
+        mask=work.mask,
+        layer=work.layer,
+        final_norm=work.final_norm,
+        pooled=work.pooled,
+        out=work.out,
+        pooled_out=work.pooled_out,
+    )
 
 
 def alone(tensor: Tensor, frames: Sequence[Any]) -> tuple[Tensor, Sequence[Any]]:
@@ -70,6 +83,12 @@ def answer(asked: Asked, report: o.TurnDone, frames: Sequence[Any]) -> tuple[Ans
     work, seconds = asked.work, asked.seconds
     if isinstance(work, m.Denoise):
         return m.Denoised(re=work.id, outputs=report.outputs, seconds=seconds), frames
+    if isinstance(work, m.EncodeText):
+        hidden, *pooled = report.outputs
+        reply = m.TextEncoded(
+            re=work.id, hidden=hidden, pooled=pooled[0] if pooled else None, seconds=seconds
+        )
+        return reply, frames
     output, frames = alone(report.outputs[0], frames)
     if isinstance(work, m.Sample):
         return m.Sampled(re=work.id, latent=output, steps=asked.turns, seconds=seconds), frames

@@ -10,25 +10,25 @@ from typing import Any, Protocol
 
 import torch
 
+from xditd.catalog.detection import PREFIXES, role
 from xditd.catalog.families import family
 from xditd.models.reading import WeightFile
 from xditd.protocol.errors import Code, XditError
-
-PREFIXES = {"transformer": ("", "model.diffusion_model."), "vae": ("", "vae.", "first_stage_model.")}
-"""Of a file's keys, by part: alone in its file, or in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One family: what part of an image's making it is, and the module whose `load` makes its network."""
 
-    part: str  # "transformer" or "vae"
-    module: str  # imported when it is needed: importing diffusers takes seconds
+    part: str  # "transformer", "vae" or "text_encoder"
+    module: str  # imported when it is needed: diffusers and transformers take seconds
 
 
 FAMILIES = {
     "flux": Row("transformer", "xditd.models.flux.network"),
     "autoencoder_kl": Row("vae", "xditd.models.vae.network"),
+    "clip": Row("text_encoder", "xditd.models.clip.network"),
+    "t5": Row("text_encoder", "xditd.models.t5.network"),
 }
 
 
@@ -54,12 +54,12 @@ def load(name: str, path: str | os.PathLike[str], part: str, device: torch.devic
     Args:
         name: of the family.
         path: of the file.
-        part: of the file: "transformer" or "vae".
+        part: of the file, one of `catalog.detection.PREFIXES`.
         device: where it goes.
         dtype: of its arithmetic.
 
     Returns:
-        A `Transformer` or a `vae.network.Autoencoder`.
+        A `Transformer`, a `vae.network.Autoencoder` or a `text.TextEncoder`.
 
     Raises:
         XditError: `unknown_family`, `file_invalid` and what else `catalog` finds wrong with the file.
@@ -69,7 +69,7 @@ def load(name: str, path: str | os.PathLike[str], part: str, device: torch.devic
         raise XditError(
             Code.UNKNOWN_FAMILY, f"No family {name!r} can be loaded; there are {', '.join(FAMILIES)}."
         )
-    if row.part != part:
+    if row.part != role(part):
         raise XditError(Code.UNKNOWN_FAMILY, f"{name} is a {row.part}; it cannot be loaded as a {part}.")
     file = WeightFile(path)
     for prefix in PREFIXES[part]:

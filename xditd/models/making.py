@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from xditd.catalog.families import autoencoder_kl, flux
+from xditd.catalog.families import autoencoder_kl, clip, flux, t5
 
 Weights = dict[str, torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -71,6 +71,47 @@ def vae_facts(
     }
 
 
+def clip_facts(
+    *,
+    width: int = 64,
+    layers: int = 2,
+    vocabulary: int = clip.END + 1,
+    positions: int = 77,
+    projection: bool = True,
+) -> dict[str, int]:
+    """What `catalog.families.clip.detect` will find in such a file; more than 30 layers make it a CLIP-G."""
+    return {
+        "width": width,
+        "layers": layers,
+        "heads": max(1, width // clip.HEAD_DIM),
+        "vocabulary": vocabulary,
+        "positions": positions,
+        "intermediate": 4 * width,
+        "projection": int(projection),
+    }
+
+
+def t5_facts(
+    *,
+    width: int = 128,
+    layers: int = 2,
+    heads: int = 2,
+    head_dim: int = 64,
+    vocabulary: int = 32128,
+    gated: bool = True,
+) -> dict[str, int]:
+    """What `catalog.families.t5.detect` will find in such a file."""
+    return {
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "head_dim": head_dim,
+        "ff": 2 * width,
+        "vocabulary": vocabulary,
+        "gated": int(gated),
+    }
+
+
 def flux_weights(
     facts: Mapping[str, int], *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, prefix: str = ""
 ) -> Weights:
@@ -83,6 +124,20 @@ def vae_weights(
 ) -> Weights:
     """Random weights of an AutoencoderKL, by the makers' keys."""
     return _random(autoencoder_kl.parameters(facts), dtype, seed, prefix)
+
+
+def clip_weights(
+    facts: Mapping[str, int], *, dtype: torch.dtype = torch.float16, seed: int = 0, prefix: str = ""
+) -> Weights:
+    """Random weights of a CLIP text encoder, by transformers' keys."""
+    return _random(clip.parameters(facts), dtype, seed, prefix)
+
+
+def t5_weights(
+    facts: Mapping[str, int], *, dtype: torch.dtype = torch.float16, seed: int = 0, prefix: str = ""
+) -> Weights:
+    """Random weights of a T5 encoder, by the makers' keys."""
+    return _random(t5.parameters(facts), dtype, seed, prefix)
 
 
 def make_flux(
@@ -133,27 +188,75 @@ def make_vae(
     return _write(path, vae_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
 
 
+def make_clip(
+    path: str | os.PathLike[str],
+    *,
+    width: int = 64,
+    layers: int = 2,
+    vocabulary: int = clip.END + 1,
+    positions: int = 77,
+    projection: bool = True,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    prefix: str = "",
+) -> Path:
+    """Writes a CLIP text encoder, as ComfyUI's text_encoders holds them."""
+    facts = clip_facts(
+        width=width, layers=layers, vocabulary=vocabulary, positions=positions, projection=projection
+    )
+    return _write(path, clip_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+
+
+def make_t5(
+    path: str | os.PathLike[str],
+    *,
+    width: int = 128,
+    layers: int = 2,
+    heads: int = 2,
+    head_dim: int = 64,
+    vocabulary: int = 32128,
+    gated: bool = True,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    prefix: str = "",
+) -> Path:
+    """Writes a T5 encoder, as ComfyUI's text_encoders holds them; `gated` as every T5 since 1.1 is."""
+    facts = t5_facts(
+        width=width, layers=layers, heads=heads, head_dim=head_dim, vocabulary=vocabulary, gated=gated
+    )
+    return _write(path, t5_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+
+
 def make_checkpoint(
     path: str | os.PathLike[str],
     *,
     transformer: Mapping[str, int] | None = None,
     vae: Mapping[str, int] | None = None,
+    clip_l: Mapping[str, int] | None = None,
+    t5xxl: Mapping[str, int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> Path:
-    """Writes a Flux checkpoint, as ComfyUI's checkpoints holds them: transformer, VAE and part of a text encoder.
+    """Writes a Flux checkpoint, as ComfyUI's checkpoints holds them: transformer, VAE and, where wanted, text encoders.
 
     Args:
         path: of the file.
         transformer: facts of `flux_facts`; None is its defaults.
         vae: facts of `vae_facts`; None is its defaults.
+        clip_l, t5xxl: facts of `clip_facts`, `t5_facts`; None leaves the encoder out.
         dtype: of all.
-        seed: of the transformer; the VAE's is the next.
+        seed: of the transformer; those of VAE, CLIP and T5 are the next.
     """
     weights = flux_weights(
         transformer or flux_facts(), dtype=dtype, seed=seed, prefix="model.diffusion_model."
     )
     weights |= vae_weights(vae or vae_facts(), dtype=dtype, seed=seed + 1, prefix="vae.")
+    if clip_l is not None:
+        start = "text_encoders.clip_l.transformer."
+        weights |= clip_weights(clip_l, dtype=dtype, seed=seed + 2, prefix=start)
+    if t5xxl is not None:
+        start = "text_encoders.t5xxl.transformer."
+        weights |= t5_weights(t5xxl, dtype=dtype, seed=seed + 3, prefix=start)
     weights["text_encoders.clip_l.logit_scale"] = torch.tensor(4.6052, dtype=dtype)
     return _write(path, weights)
 
@@ -169,6 +272,34 @@ def make_models(folder: str | os.PathLike[str]) -> list[Path]:
     ]
 
 
+def make_text_models(folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes a models folder with text encoders, a dev that fits them and a VAE: each alone, and all in a checkpoint.
+
+    The weights of the checkpoint are those of the files, but for their rounding to its dtype.
+    """
+    root = Path(folder)
+    clip_l, t5xxl = clip_facts(), t5_facts()
+    context, pooled = t5xxl["width"], clip_l["width"]
+    return [
+        make_clip(root / "text_encoders" / "clip_l.safetensors", seed=4),
+        make_t5(root / "text_encoders" / "t5xxl.safetensors", seed=5),
+        make_flux(
+            root / "diffusion_models" / "flux-small.safetensors",
+            context_width=context,
+            pooled_width=pooled,
+            seed=2,
+        ),
+        make_vae(root / "vae" / "ae-small.safetensors", seed=3),
+        make_checkpoint(
+            root / "checkpoints" / "flux-small.safetensors",
+            transformer=flux_facts(context_width=context, pooled_width=pooled),
+            clip_l=clip_l,
+            t5xxl=t5xxl,
+            seed=2,
+        ),
+    ]
+
+
 def _random(shapes: Shapes, dtype: torch.dtype, seed: int, prefix: str) -> Weights:
     generator = torch.Generator().manual_seed(seed)
 
@@ -177,20 +308,24 @@ def _random(shapes: Shapes, dtype: torch.dtype, seed: int, prefix: str) -> Weigh
 
     weights = {}
     for key, shape in shapes.items():
-        if key.endswith(".scale") or (".norm" in key and key.endswith(".weight")):
+        if key.endswith(".scale") or (len(shape) == 1 and key.endswith(".weight")):  # of a normalisation
             value = 1 + normal(shape, 0.1)
         elif key.endswith(".bias"):
             value = normal(shape, 0.1)
         else:
-            value = normal(shape, _gain(key) / math.sqrt(math.prod(shape[1:])))
+            value = normal(shape, _gain(key, shape) / math.sqrt(math.prod(shape[1:])))
         weights[prefix + key] = value.to(dtype)
     return weights
 
 
-def _gain(key: str) -> float:
+def _gain(key: str, shape: tuple[int, ...]) -> float:
     """What a layer's output is to be against its input. Modulation follows a SiLU of sums, hence more than 1."""
     if "_mod." in key or "modulation." in key or "adaLN" in key:
         return 1.5
+    if key.endswith("_embedding.weight") or key == "shared.weight":
+        return math.sqrt(shape[1])  # a row is an output by itself
+    if key.endswith("SelfAttention.q.weight"):
+        return 1 / 8  # T5 divides its scores by nothing
     return 1.0
 
 

@@ -32,9 +32,10 @@ Degree = Annotated[int, Meta(ge=0, le=1024)]
 class ModelRef(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A model as ComfyUI names it."""
 
-    kind: Name  # a ComfyUI folder: "diffusion_models", "unet", "checkpoints", "vae", "text_encoders"
+    kind: Name  # a ComfyUI folder: "diffusion_models", "unet", "checkpoints", "vae", "text_encoders", "clip"
     name: Name  # the file below it, as ComfyUI lists it: "flux/dev.safetensors"
-    part: Name = ""  # of a checkpoint: "transformer" (what "" means there) or "vae"
+    # of a checkpoint: "transformer" (what "" means there), "vae", "clip_l", "clip_g", "t5xxl"
+    part: Name = ""
     dtype: Name = ""  # compute dtype: "bfloat16", "float16", "float32"; "" is the file's own
     size: Annotated[int, Meta(ge=0)] | None = (
         None  # bytes, where the sender knows: another size is another file
@@ -287,6 +288,21 @@ class Encode(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="encode"
     out: Tensor | None = None
 
 
+class EncodeText(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="encode_text", tag_field="type"):
+    """Text encoder: tokens [B, n] to hidden states [B, n, width], and a pooled output [B, width]."""
+
+    id: Id
+    run: Id
+    tokens: Tensor  # int32 or int64; -1 - i is row i of vectors
+    vectors: Tensor | None = None  # [k, width]
+    mask: Tensor | None = None  # [B, n], 1 is attended to; None is all
+    layer: int | None = None  # whose hidden state; None is the last one's, after the final norm
+    final_norm: bool = True  # whether that of another layer goes through it too
+    pooled: Name = "none"  # "plain", "projected"
+    out: Tensor | None = None
+    pooled_out: Tensor | None = None
+
+
 class Cancel(Struct, frozen=True, kw_only=True, tag="cancel", tag_field="type"):
     """End the run: at once if it waits, after the step it is in otherwise."""
 
@@ -320,6 +336,7 @@ Request = Union[
     Sample,
     Decode,
     Encode,
+    EncodeText,
     Cancel,
     Close,
     Drain,
@@ -416,6 +433,15 @@ class Encoded(Struct, frozen=True, kw_only=True, tag="encoded", tag_field="type"
     seconds: float
 
 
+class TextEncoded(
+    Struct, frozen=True, kw_only=True, omit_defaults=True, tag="text_encoded", tag_field="type"
+):
+    re: Id
+    hidden: Tensor
+    pooled: Tensor | None = None
+    seconds: float
+
+
 class Cancelled(Struct, frozen=True, kw_only=True, tag="cancelled", tag_field="type"):
     re: Id
     run: Id
@@ -489,6 +515,7 @@ Reply = Union[
     Sampled,
     Decoded,
     Encoded,
+    TextEncoded,
     Cancelled,
     Closed,
     Drained,

@@ -30,7 +30,7 @@ class RankSpec(Struct, frozen=True, kw_only=True):
     store: str  # a file for torch.distributed's rendezvous, "file:///..."
     parent: int  # pid of the daemon: gone means exit
     path: str  # of the model file
-    part: str  # "transformer" or "vae"
+    part: str  # "transformer", "vae", "text_encoder", or a checkpoint's "clip_l", "clip_g", "t5xxl"
     family: str  # a folder of xditd.models, or "echo": a rank that does no work, for benchmarks
     variant: str
     dtype: str  # compute dtype
@@ -97,6 +97,19 @@ class TurnEncode(Struct, frozen=True, kw_only=True, tag="turn_encode", tag_field
     out: Tensor | None
 
 
+class TurnEncodeText(Struct, frozen=True, kw_only=True, tag="turn_encode_text", tag_field="type"):
+    order: int
+    run: int
+    tokens: Tensor
+    vectors: Tensor | None
+    mask: Tensor | None
+    layer: int | None
+    final_norm: bool
+    pooled: str
+    out: Tensor | None
+    pooled_out: Tensor | None
+
+
 class ForgetRun(Struct, frozen=True, kw_only=True, tag="forget_run", tag_field="type"):
     run: int
 
@@ -118,13 +131,14 @@ Order = Union[
     TurnSample,
     TurnDecode,
     TurnEncode,
+    TurnEncodeText,
     ForgetRun,
     DropSegments,
     Leave,
 ]
 ORDERS = tags(Order)
 
-TURNS = (TurnDenoise, TurnSample, TurnDecode, TurnEncode)
+TURNS = (TurnDenoise, TurnSample, TurnDecode, TurnEncode, TurnEncodeText)
 
 AFTER = struct.Struct("<Q")
 """Before an order on a lane: how many orders come before it by ZeroMQ, counted from the rank's start."""

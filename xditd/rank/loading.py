@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from xditd.catalog.detection import role
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan
 from xditd.protocol.orders import RankSpec
@@ -20,7 +21,8 @@ Tell = Callable[[str], None]
 
 LEFT_OUT = ("peft", "transformers")
 """Packages that a transformer or a VAE never calls, but diffusers and xfuser import where they are installed: two of
-the six seconds that a rank starts in. None in sys.modules makes them look not installed."""
+the six seconds that a rank starts in. None in sys.modules makes them look not installed. (A text encoder calls
+transformers.)"""
 
 
 def load(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
@@ -44,11 +46,9 @@ def load(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
         raise XditError(
             Code.BAD_VALUE, f"No model computes in {spec.dtype!r}; float32 and bfloat16 would work."
         )
-    return (
-        _load_vae(spec, places, faults, tell)
-        if spec.part == "vae"
-        else _load_transformer(spec, places, faults, tell)
-    )
+    if role(spec.part) == "transformer":
+        return _load_transformer(spec, places, faults, tell)
+    return _load_whole(spec, places, faults, tell)
 
 
 def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
@@ -94,11 +94,12 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     return Denoiser(network, Transfer(device.torch, spec.rank, spec.world, places), device, kernel.name)
 
 
-def _load_vae(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
+def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
+    """A VAE or a text encoder: every rank of a world has all of it."""
     from xditd.models.families import load as load_network
     from xditd.rank.device import Device
+    from xditd.rank.text import Text
     from xditd.rank.transfer import DTYPES, Transfer
-    from xditd.rank.vae import Vae
 
     device = Device(spec.device)
     if spec.world > 1:
@@ -112,7 +113,12 @@ def _load_vae(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Wor
     tell("loading")
     faults.at_load()
     network = load_network(spec.family, spec.path, spec.part, device.torch, DTYPES[spec.dtype])
-    return Vae(network, Transfer(device.torch, spec.rank, spec.world, places), device, "native")
+    transfer = Transfer(device.torch, spec.rank, spec.world, places)
+    if role(spec.part) == "text_encoder":
+        return Text(network, transfer, device, "native")
+    from xditd.rank.vae import Vae  # diffusers, which a text encoder has no need of
+
+    return Vae(network, transfer, device, "native")
 
 
 def _check(spec: RankSpec) -> None:
@@ -140,8 +146,10 @@ def _prepare(spec: RankSpec) -> None:
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in LEFT_OUT:
-        sys.modules[name] = None  # type: ignore[assignment]
+        if name != "transformers" or role(spec.part) != "text_encoder":
+            sys.modules[name] = None  # type: ignore[assignment]
     warnings.filterwarnings(
         "ignore", category=FutureWarning
     )  # of torch about xfuser, of diffusers about torch

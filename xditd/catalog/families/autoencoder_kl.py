@@ -9,7 +9,7 @@ from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "autoencoder_kl"
@@ -147,18 +147,18 @@ def check_sample(
 
 def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
     """latent [B, latent_channels, h, w] to out [B, h·scale, w·scale, 3], float32."""
-    inputs.check_float("latent", latent)
+    inputs.check_dtype("latent", latent)
     inputs.check_shape("latent", latent, ("B", info.facts["latent_channels"], "h", "w"))
     if out is not None:
         scale = info.facts["scale"]
         batch, _, height, width = latent.shape
-        inputs.check_float("out", out, ("float32",))
+        inputs.check_dtype("out", out, ("float32",))
         inputs.check_shape("out", out, (batch, height * scale, width * scale, IMAGE_CHANNELS))
 
 
 def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
     """image [B, H, W, 3], H and W multiples of scale, to out [B, latent_channels, H/scale, W/scale]."""
-    inputs.check_float("image", image)
+    inputs.check_dtype("image", image)
     inputs.check_shape("image", image, ("B", "H", "W", IMAGE_CHANNELS))
     scale = info.facts["scale"]
     batch, height, width, _ = image.shape
@@ -169,7 +169,11 @@ def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> N
             f"{width - width % scale} × {height - height % scale}.",
         )
     if out is not None:
-        inputs.check_float("out", out)
+        inputs.check_dtype("out", out)
         inputs.check_shape(
             "out", out, (batch, info.facts["latent_channels"], height // scale, width // scale)
         )
+
+
+def check_encode_text(info: ModelInfo, message: EncodeText) -> None:
+    raise inputs.refuse(info, label, "encode text", "open a run of a text encoder")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from xditd.catalog.families import inputs
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
-from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "echo"
@@ -40,7 +40,7 @@ def check_denoise(
     out: Tensor | None = None,
 ) -> None:
     """Any x; out as x, which is answered."""
-    inputs.check_float("x", x)
+    inputs.check_dtype("x", x)
     _check_alike("out", out, x, "x")
 
 
@@ -53,7 +53,7 @@ def check_sample(
     """Any noise; latent shaped as noise, out and previews as noise, which is answered."""
     inputs.check_loop(message, highest=float("inf"))
     noise = message.noise
-    inputs.check_float("noise", noise)
+    inputs.check_dtype("noise", noise)
     inputs.check_same_shape("latent", message.latent, noise, "noise")
     _check_alike("out", message.out, noise, "noise")
     for i, preview in enumerate(message.previews):
@@ -68,8 +68,12 @@ def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> N
     """Any image to any out."""
 
 
+def check_encode_text(info: ModelInfo, message: EncodeText) -> None:
+    raise inputs.refuse(info, label, "encode text", "open a run of a text encoder")
+
+
 def _check_alike(what: str, tensor: Tensor | None, other: Tensor, of: str) -> None:
     """Bytes are copied as they are, so the dtype must be the same too."""
     inputs.check_same_shape(what, tensor, other, of)
     if tensor is not None:
-        inputs.check_float(what, tensor, (other.dtype,))
+        inputs.check_dtype(what, tensor, (other.dtype,))

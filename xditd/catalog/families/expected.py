@@ -56,7 +56,9 @@ def count(header: Header, start: str, most: int) -> int:
     return len(numbers)
 
 
-def check_shapes(header: Header, prefix: str, shapes: Shapes, label: str) -> frozenset[str]:
+def check_shapes(
+    header: Header, prefix: str, shapes: Shapes, label: str, ignored: frozenset[str] = frozenset()
+) -> frozenset[str]:
     """Every parameter there, with its shape, in a dtype that loads; nothing else among the model's modules.
 
     Args:
@@ -64,6 +66,7 @@ def check_shapes(header: Header, prefix: str, shapes: Shapes, label: str) -> fro
         prefix: of the model's keys in it.
         shapes: every parameter of the model.
         label: what the model is, for sentences.
+        ignored: keys without prefix that may be there as well and are not read.
 
     Returns:
         The file's keys of the model, with the prefix.
@@ -79,6 +82,7 @@ def check_shapes(header: Header, prefix: str, shapes: Shapes, label: str) -> fro
         if key.startswith(prefix)
         and key[len(prefix) :].partition(".")[0] in modules
         and key[len(prefix) :] not in shapes
+        and key[len(prefix) :] not in ignored
     ]
     _check_dtypes(header, prefix, shapes, unknown, label)
     for key, expected in shapes.items():

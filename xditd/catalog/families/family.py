@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from xditd.catalog.header import Header
-from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
 from xditd.protocol.tensors import Tensor
 
 
@@ -34,7 +34,7 @@ class Family(Protocol):
 
     name: str
     label: str  # as a sentence names one of it: "a Flux transformer"
-    part: str  # of a checkpoint: "transformer" or "vae"; "" is never detected in a file
+    part: str  # what it is in the making of a picture: "transformer", "vae", "text_encoder"; "" is never in a file
     parallel: bool  # whether more than one device can hold a model of it
     dtypes: tuple[str, ...]  # that it computes right in
 
@@ -78,3 +78,6 @@ class Family(Protocol):
 
     def check_encode(self, info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
         """Refuses an Encode: `bad_tensor`, `bad_value`."""
+
+    def check_encode_text(self, info: ModelInfo, message: EncodeText) -> None:
+        """Refuses an EncodeText: `bad_tensor`, `bad_value`."""

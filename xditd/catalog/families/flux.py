@@ -10,7 +10,7 @@ from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "flux"
@@ -132,8 +132,8 @@ def check_conditioning(info: ModelInfo, tensors: Mapping[str, Tensor], values: M
     inputs.check_names("tensor", tensors, ("context", "pooled"), ("context", "pooled"))
     inputs.check_names("value", values, ("guidance",), ())
     context, pooled = tensors["context"], tensors["pooled"]
-    inputs.check_float("context", context)
-    inputs.check_float("pooled", pooled)
+    inputs.check_dtype("context", context)
+    inputs.check_dtype("pooled", pooled)
     inputs.check_shape("context", context, ("B", "n", info.facts["context_width"]))
     inputs.check_shape("pooled", pooled, ("B", info.facts["pooled_width"]))
     if 1 not in (context.shape[0], pooled.shape[0]) and context.shape[0] != pooled.shape[0]:
@@ -187,8 +187,12 @@ def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> N
     raise inputs.refuse(info, label, "encode", "open a run of a VAE")
 
 
+def check_encode_text(info: ModelInfo, message: EncodeText) -> None:
+    raise inputs.refuse(info, label, "encode text", "open a run of a text encoder")
+
+
 def _check_latent(what: str, info: ModelInfo, x: Tensor, conditioning: Mapping[str, Tensor]) -> None:
-    inputs.check_float(what, x)
+    inputs.check_dtype(what, x)
     inputs.check_shape(what, x, ("B", info.facts["latent_channels"], "H", "W"))
     for key, tensor in conditioning.items():
         inputs.check_batch(key, tensor, x.shape[0])

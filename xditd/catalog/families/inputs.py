@@ -37,7 +37,7 @@ def check_names(what: str, given: Iterable[str], known: tuple[str, ...], require
             )
 
 
-def check_float(what: str, tensor: Tensor, dtypes: tuple[str, ...] = FLOATS) -> None:
+def check_dtype(what: str, tensor: Tensor, dtypes: tuple[str, ...] = FLOATS) -> None:
     """Refuses a dtype that is none of these.
 
     Raises:
@@ -86,7 +86,7 @@ def check_same_shape(what: str, tensor: Tensor | None, other: Tensor, of: str) -
     """
     if tensor is None:
         return
-    check_float(what, tensor)
+    check_dtype(what, tensor)
     if tensor.shape != other.shape:
         raise XditError(
             Code.BAD_TENSOR,
