@@ -1,0 +1,95 @@
+"""What XDIT_DISPATCHER carries: which model, on which daemon, under which plan. A wish, not a connection.
+
+ComfyUI keeps the outputs of nodes for hours, over restarts of the daemon. So nothing here is alive: whoever uses a
+dispatcher has the daemon see to it anew, which costs nothing where the model is warm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import ModelRef, PlanRequest
+
+STRATEGIES = ("auto", "Hybrid", "USP", "PipeFusion", "CFG", "Tensor")
+SCHEDULINGS = ("round_robin", "least_loaded", "weighted_round_robin", "adaptive")
+
+
+@dataclass(frozen=True)
+class Dispatcher:
+    """A model as the loaders were told to have it.
+
+    Attributes:
+        endpoint: of the daemon; "" looks where a client looks.
+        model: the file.
+        plan: the devices and the strategy.
+        replicas, scheduling, allow_approximate, fallback: as the loaders' inputs of these names.
+    """
+
+    endpoint: str
+    model: ModelRef
+    plan: PlanRequest
+    replicas: int = 1
+    scheduling: str = SCHEDULINGS[0]
+    allow_approximate: bool = False
+    fallback: bool = False
+
+    def part(self, part: str) -> Dispatcher:
+        """The same choices for another part of the same checkpoint, on a device that the daemon chooses."""
+        model = ModelRef(kind=self.model.kind, name=self.model.name, part=part, size=self.model.size)
+        return replace(self, model=model, plan=PlanRequest(devices=self.plan.devices[:1]))
+
+
+def device_names(text: str) -> tuple[str, ...]:
+    """The devices of a gpu_devices input: "0,1,2,3" or "cuda:0, cuda:1"; "" is all that the daemon owns.
+
+    Raises:
+        XditError: `bad_device` for what names none, or one twice.
+    """
+    names = [
+        name.strip() for name in text.replace("\uff0c", ",").split(",")
+    ]  # a Chinese keyboard's comma too
+    if names == [""]:
+        return ()
+    for name in names:
+        kind, _, number = name.rpartition(":")
+        if not number.isascii() or not number.isdigit() or kind not in ("", "cuda", "cpu"):
+            raise XditError(
+                Code.BAD_DEVICE,
+                f"gpu_devices has {name!r}, which names no device; write numbers, as in 0,1,2,3, or leave it empty "
+                "for all that the daemon owns.",
+            )
+    if len(set(names)) < len(names):
+        raise XditError(Code.BAD_DEVICE, f"gpu_devices names a device twice: {text}.")
+    return tuple(names)
+
+
+def refuse_unbuilt(
+    *, strategy: str, replicas: int, scheduling: str, allow_approximate: bool, fallback: bool
+) -> None:
+    """Refuses choices that this version knows and does not have; none is ignored.
+
+    Raises:
+        XditError: `not_built`, with what works instead.
+    """
+    unbuilt: Sequence[tuple[bool, str, str]] = (
+        (strategy in ("PipeFusion", "CFG", "Tensor"), f"the strategy {strategy}", "auto, Hybrid or USP"),
+        (replicas > 1, f"{replicas} replicas", "1"),
+        (scheduling != SCHEDULINGS[0], f"scheduling {scheduling}", SCHEDULINGS[0]),
+        (
+            fallback,
+            "fallback",
+            "it off: a plan that cannot be had is an error, and no result is ever made up",
+        ),
+        (
+            allow_approximate,
+            "an approximate plan",
+            "allow_approximate off: all plans of this version are exact",
+        ),
+    )
+    for asked, what, works in unbuilt:
+        if asked:
+            raise XditError(
+                Code.NOT_BUILT, f"This version of xditd does not have {what} yet; choose {works}."
+            )

@@ -1,0 +1,48 @@
+"""What ComfyUI calls each family's parts, and what of its calls the daemon takes. A new family is a module here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import ModelInfo
+
+from . import flux
+
+
+class Family(Protocol):
+    """A family's module."""
+
+    INPUTS: frozenset[str]
+    """Names of a diffusion model call's inputs that it takes, besides x, timestep, context and what all have."""
+
+    patch_size: int
+
+    def comfy_config(self, info: ModelInfo) -> Any:
+        """ComfyUI's configuration of such a model, one that makes a model without its network."""
+
+    def conditioning(
+        self, inputs: Mapping[str, Any], info: ModelInfo
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The tensors and values that the daemon takes, from one conditioning's share of a call's inputs."""
+
+
+FAMILIES: dict[str, Family] = {"flux": flux}
+
+
+def family(info: ModelInfo) -> Family:
+    """The module of a model's family.
+
+    Raises:
+        XditError: `not_built` for one that these nodes do not know.
+    """
+    found = FAMILIES.get(info.family)
+    if found is None:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"{info.name} is a {info.family}, which these nodes do not know; they know {', '.join(FAMILIES)}.",
+        )
+    return found

@@ -1,0 +1,322 @@
+"""The loader nodes: stock inputs first, then which devices, how, and where the daemon is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import Loaded, ModelRef, PlanRequest
+
+from . import daemon
+from .clip import TYPES, make_clip
+from .dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
+from .patcher import make_model
+from .say import say
+from .vae import RemoteVAE, missing_vae
+
+CATEGORY = "xDiT/loaders"
+DispatcherType = io.Custom("XDIT_DISPATCHER")
+
+ENDPOINT = (
+    "Where the daemon listens: ipc:///path.sock or tcp://host:port. Empty: the user's, else the system's."
+)
+ONE_DEVICE = "Which device runs it: a number, as in 0. Empty: the daemon chooses."
+
+
+def _choices() -> list[Any]:
+    """What a loader of a diffusion model asks beyond the stock one."""
+    return [
+        io.String.Input(
+            "gpu_devices",
+            default="",
+            optional=True,
+            tooltip="Which devices of the daemon, as in 0,1,2,3. Empty: all that it owns.",
+        ),
+        io.Int.Input(
+            "replicas",
+            default=1,
+            min=1,
+            max=8,
+            optional=True,
+            tooltip="How many copies share the work; 1 in this version.",
+        ),
+        io.Combo.Input(
+            "strategy",
+            options=list(STRATEGIES),
+            default="auto",
+            optional=True,
+            tooltip="How the devices share one image. auto and Hybrid stay exact: the image of one GPU.",
+        ),
+        io.Boolean.Input(
+            "allow_approximate",
+            default=False,
+            optional=True,
+            tooltip="Whether auto and Hybrid may choose what is faster and not quite the same image.",
+        ),
+        io.Combo.Input(
+            "scheduling",
+            options=list(SCHEDULINGS),
+            default=SCHEDULINGS[0],
+            optional=True,
+            tooltip="Which replica takes the next image.",
+        ),
+        io.Boolean.Input(
+            "fallback",
+            default=False,
+            optional=True,
+            tooltip="Whether fewer devices do it where the plan cannot be had: a true result, and said aloud.",
+        ),
+        io.String.Input("endpoint", default="", optional=True, tooltip=ENDPOINT),
+    ]
+
+
+def _device_choices() -> list[Any]:
+    """What a loader of a model on one device asks beyond the stock one."""
+    return [
+        io.String.Input("gpu_devices", default="", optional=True, tooltip=ONE_DEVICE),
+        io.String.Input("endpoint", default="", optional=True, tooltip=ENDPOINT),
+    ]
+
+
+class LoadCheckpoint(io.ComfyNode):
+    """A checkpoint's transformer, text encoders and VAE, each a model of its own in the daemon."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="XDiTCheckpointLoader",
+            display_name="Load Checkpoint (xDiT Multi-GPU)",
+            category=CATEGORY,
+            description="Loads a checkpoint in the xDiT daemon, its diffusion model over several GPUs.",
+            inputs=[
+                io.Combo.Input(
+                    "ckpt_name",
+                    options=folder_paths.get_filename_list("checkpoints"),
+                    tooltip="The name of the checkpoint, a .safetensors file that the daemon sees too.",
+                ),
+                *_choices(),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.Clip.Output(),
+                io.Vae.Output(),
+                DispatcherType.Output(display_name="XDIT_DISPATCHER"),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, **choices: Any) -> bool | str:
+        return _objection(choices)
+
+    @classmethod
+    def execute(cls, ckpt_name: str, **choices: Any) -> io.NodeOutput:
+        spec = _dispatcher("checkpoints", ckpt_name, choices)
+        loaded = _load(spec)
+        encoders = [
+            (part, found) for name in ("clip_l", "t5xxl") if (found := _part(part := spec.part(name)))
+        ]
+        clip = make_clip("flux", [(part, found.model) for part, found in encoders]) if encoders else None
+        vae = _part(part := spec.part("vae"))
+        _done(spec, loaded, "" if clip else "; no text encoders in it", "" if vae else "; no VAE in it")
+        return io.NodeOutput(
+            make_model(spec, loaded), clip, RemoteVAE(part, vae.model) if vae else missing_vae(), spec
+        )
+
+
+class LoadUNet(io.ComfyNode):
+    """A diffusion model alone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="XDiTUNETLoader",
+            display_name="Load UNet (xDiT Multi-GPU)",
+            category=CATEGORY,
+            description="Loads a diffusion model in the xDiT daemon, over several GPUs.",
+            inputs=[
+                io.Combo.Input("unet_name", options=folder_paths.get_filename_list("diffusion_models")),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"],
+                    tooltip="default: as the file has it. The fp8 choices are not built yet; an fp8 file loads by default.",
+                ),
+                *_choices(),
+            ],
+            outputs=[io.Model.Output(), DispatcherType.Output(display_name="XDIT_DISPATCHER")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, weight_dtype: str = "default", **choices: Any) -> bool | str:
+        if weight_dtype != "default":
+            return f"weight_dtype {weight_dtype} is not built yet; choose default."
+        return _objection(choices)
+
+    @classmethod
+    def execute(cls, unet_name: str, weight_dtype: str, **choices: Any) -> io.NodeOutput:
+        spec = _dispatcher("diffusion_models", unet_name, choices)
+        loaded = _load(spec)
+        _done(spec, loaded)
+        return io.NodeOutput(make_model(spec, loaded), spec)
+
+
+class LoadVAE(io.ComfyNode):
+    """A VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="XDiTVAELoader",
+            display_name="Load VAE (xDiT)",
+            category=CATEGORY,
+            description="Loads a VAE in the xDiT daemon. The stock VAE Decode, Encode and their tiled twins take it.",
+            inputs=[
+                io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae")),
+                *_device_choices(),
+            ],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, **choices: Any) -> bool | str:
+        return _objection(choices)
+
+    @classmethod
+    def execute(cls, vae_name: str, **choices: Any) -> io.NodeOutput:
+        spec = _dispatcher("vae", vae_name, choices)
+        loaded = _load(spec)
+        _done(spec, loaded)
+        return io.NodeOutput(RemoteVAE(spec, loaded.model))
+
+
+def _clip_loader(
+    node_id: str, display_name: str, names: tuple[str, ...], kind: str | None
+) -> type[io.ComfyNode]:
+    """A loader of one, two or three text encoders.
+
+    Args:
+        names: of its inputs for files.
+        kind: the type that it always makes; None lets the user choose.
+    """
+
+    class LoadCLIP(io.ComfyNode):
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            files = folder_paths.get_filename_list("text_encoders")
+            chosen = (
+                []
+                if kind
+                else [
+                    io.Combo.Input("type", options=list(TYPES), tooltip="Of the model that the text is for.")
+                ]
+            )
+            stock = (
+                []
+                if kind
+                else [
+                    io.Combo.Input(
+                        "device",
+                        options=["default", "cpu"],
+                        optional=True,
+                        tooltip="default: a device of the daemon. cpu is not built yet: the daemon owns the devices.",
+                    )
+                ]
+            )
+            return io.Schema(
+                node_id=node_id,
+                display_name=display_name,
+                category=CATEGORY,
+                description="Loads text encoders in the xDiT daemon. The stock CLIP Text Encode nodes take them.",
+                inputs=[
+                    *(io.Combo.Input(name, options=files) for name in names),
+                    *chosen,
+                    *stock,
+                    *_device_choices(),
+                ],
+                outputs=[io.Clip.Output()],
+            )
+
+        @classmethod
+        def validate_inputs(cls, device: str = "default", **choices: Any) -> bool | str:
+            if device != "default":
+                return "device cpu is not built yet: the daemon owns the devices; choose default and set gpu_devices."
+            return _objection(choices)
+
+        @classmethod
+        def execute(
+            cls, type: str = kind or TYPES[0], device: str = "default", **choices: Any
+        ) -> io.NodeOutput:
+            specs = [_dispatcher("text_encoders", choices.pop(name), choices) for name in names]
+            encoders = [(spec, _load(spec).model) for spec in specs]
+            clip = make_clip(type, encoders)
+            say(f"✅ {' and '.join(info.name for _, info in encoders)}")
+            return io.NodeOutput(clip)
+
+    LoadCLIP.__name__ = LoadCLIP.__qualname__ = node_id
+    return LoadCLIP
+
+
+LoadCLIP = _clip_loader("XDiTCLIPLoader", "Load CLIP (xDiT)", ("clip_name",), None)
+LoadDualCLIP = _clip_loader("XDiTDualCLIPLoader", "Load Dual CLIP (xDiT)", ("clip_name1", "clip_name2"), None)
+LoadTripleCLIP = _clip_loader(
+    "XDiTTripleCLIPLoader", "Load Triple CLIP (xDiT)", ("clip_name1", "clip_name2", "clip_name3"), "sd3"
+)
+
+NODES = [LoadCheckpoint, LoadUNet, LoadVAE, LoadCLIP, LoadDualCLIP, LoadTripleCLIP]
+
+
+def _objection(choices: dict[str, Any]) -> bool | str:
+    """True, or what is wrong with choices that can be judged before anything runs."""
+    try:
+        _plan(choices)
+    except XditError as error:
+        return error.message
+    return True
+
+
+def _plan(choices: dict[str, Any]) -> PlanRequest:
+    strategy = choices.get("strategy") or STRATEGIES[0]
+    refuse_unbuilt(
+        strategy=strategy,
+        replicas=choices.get("replicas") or 1,
+        scheduling=choices.get("scheduling") or SCHEDULINGS[0],
+        allow_approximate=bool(choices.get("allow_approximate")),
+        fallback=bool(choices.get("fallback")),
+    )
+    return PlanRequest(strategy=strategy, devices=device_names(choices.get("gpu_devices") or ""))
+
+
+def _dispatcher(kind: str, name: str, choices: dict[str, Any]) -> Dispatcher:
+    path = folder_paths.get_full_path_or_raise(kind, name)
+    ref = ModelRef(kind=kind, name=name.replace(os.sep, "/"), size=os.path.getsize(path))
+    return Dispatcher((choices.get("endpoint") or "").strip(), ref, _plan(choices))
+
+
+def _load(spec: Dispatcher) -> Loaded:
+    """Has the daemon load it, or finds it warm."""
+    client = daemon.client(spec.endpoint)
+    loaded: Loaded = daemon.patiently(
+        lambda: client.load(spec.model, spec.plan, on_event=daemon.tell, interrupt=daemon.interrupt),
+        was_there=False,
+    )
+    return loaded
+
+
+def _part(spec: Dispatcher) -> Loaded | None:
+    """A part of a checkpoint; None where the file has no such part."""
+    try:
+        return _load(spec)
+    except XditError as error:
+        if error.code == Code.UNKNOWN_FAMILY:
+            return None
+        raise
+
+
+def _done(spec: Dispatcher, loaded: Loaded, *lacks: str) -> None:
+    how = "was warm" if loaded.warm else f"loaded in {loaded.seconds:.1f} s"
+    devices = ", ".join(loaded.plan.devices)
+    lack = "".join(lacks)
+    say(f"{'⚠️' if lack else '✅'} {spec.model.name} {how} on {devices}{lack}")

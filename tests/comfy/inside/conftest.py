@@ -1,0 +1,102 @@
+"""Daemons and models for the tests within ComfyUI.
+
+Two kinds of ranks: ComfyUI's own module, with which nothing may differ, and xditd's own with xfuser.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.comfy.inside import own
+
+own.enter()
+
+import torch  # noqa: E402
+
+from comfy_nodes import daemon  # noqa: E402
+from comfy_nodes.dispatcher import Dispatcher  # noqa: E402
+from comfy_nodes.patcher import make_model  # noqa: E402
+from tests.live.service import Service  # noqa: E402
+from xditd.models.making import make_flux, make_vae  # noqa: E402
+from xditd.protocol.messages import ModelRef, PlanRequest  # noqa: E402
+
+FLUX = {
+    "heads": 2,
+    "head_dim": 128,
+    "double_blocks": 1,
+    "single_blocks": 1,
+    "context_width": 64,
+    "pooled_width": 32,
+}
+"""As narrow as ComfyUI's position embedding allows."""
+
+OWN_RANKS = (sys.executable, "-m", "tests.comfy.inside.rank")
+XFUSER_RANKS = (os.environ.get("XDITD_PYTHON", sys.executable), "-m", "xditd.rank")
+MODEL = ModelRef(kind="diffusion_models", name="flux.safetensors")
+
+Serve = Callable[..., Service]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_flux(folder / "diffusion_models" / "flux.safetensors", **FLUX, dtype=torch.float32)
+    make_vae(folder / "vae" / "ae.safetensors", dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Serve]:
+    services: list[Service] = []
+
+    def start(folder: Path | None = None, **settings: Any) -> Service:
+        base = {
+            "debug.rank_command": OWN_RANKS,
+            "devices.kind": "cpu",
+            "devices.cpu_ranks": 1,
+            "devices.threads": 1,
+            "models.folders": {path.name: [str(path)] for path in models.iterdir()},
+        }
+        service = Service(folder or tmp_path_factory.mktemp("s"), {**base, **settings})
+        services.append(service)
+        return service
+
+    yield start
+    for service in services:
+        if service.process.poll() is None:
+            service.kill()
+
+
+@pytest.fixture(scope="session")
+def service(serve: Serve) -> Service:
+    """A daemon whose ranks compute with ComfyUI's own module."""
+    return serve()
+
+
+@pytest.fixture(scope="session")
+def xfuser(serve: Serve) -> Service:
+    """A daemon with two of xditd's own ranks."""
+    return serve(**{"debug.rank_command": XFUSER_RANKS, "devices.cpu_ranks": 2})
+
+
+def load(service: Service, plan: PlanRequest | None = None) -> Any:
+    """A MODEL as the loader makes it."""
+    spec = Dispatcher(service.endpoint, MODEL, plan or PlanRequest())
+    return make_model(spec, daemon.client(spec.endpoint).load(spec.model, spec.plan))
+
+
+@pytest.fixture
+def remote(service: Service) -> Any:
+    return load(service)
+
+
+@pytest.fixture(scope="session")
+def local(models: Path) -> Any:
+    """The same model as ComfyUI has it itself."""
+    return own.model(models / "diffusion_models" / "flux.safetensors")

@@ -1,0 +1,84 @@
+"""ComfyUI's own model with the weights of a file: what xditd is compared with. Run inside ComfyUI's environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+
+def enter() -> None:
+    """Makes ComfyUI importable, on the CPU, without its server and without its command line."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    torch.set_grad_enabled(False)
+
+
+def flux(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
+    """ComfyUI's Flux module, built from the shapes of the file and given its weights."""
+    import comfy.ldm.flux.model
+    import comfy.ops
+    from safetensors.torch import load_file
+
+    weights = load_file(path)
+    width, columns = weights["img_in.weight"].shape
+    head_dim = weights["double_blocks.0.img_attn.norm.key_norm.scale"].shape[0]
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__annotations__ else {}
+    module = comfy.ldm.flux.model.Flux(
+        in_channels=columns // 4,
+        out_channels=columns // 4,
+        patch_size=2,
+        vec_in_dim=weights["vector_in.in_layer.weight"].shape[1],
+        context_in_dim=weights["txt_in.weight"].shape[1],
+        hidden_size=width,
+        mlp_ratio=4.0,
+        num_heads=width // head_dim,
+        depth=sum(key.endswith("img_mod.lin.weight") for key in weights),
+        depth_single_blocks=sum(key.endswith("linear2.weight") for key in weights),
+        axes_dim=[head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16],
+        theta=10000,
+        qkv_bias=True,
+        guidance_embed=any(key.startswith("guidance_in") for key in weights),
+        dtype=dtype,
+        device="cpu",
+        operations=comfy.ops.disable_weight_init,
+        **newer,
+    )
+    ours = module.state_dict()
+    renamed = {key if key in ours else _renamed(key): value.to(dtype) for key, value in weights.items()}
+    module.load_state_dict(renamed, strict=True)
+    return module.eval()
+
+
+def model(path: str | os.PathLike[str], leaf: Any = None) -> Any:
+    """A MODEL as ComfyUI's loader makes it, of ComfyUI's Flux or of another leaf."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    leaf = leaf or flux(path)
+    settings = {
+        "image_model": "flux",
+        "in_channels": leaf.in_channels,
+        "out_channels": leaf.out_channels,
+        "guidance_embed": leaf.params.guidance_embed,
+        "disable_unet_model_creation": True,
+    }
+    config = comfy.supported_models.Flux(settings)
+    config.set_inference_dtype(torch.float32, None)
+    base = config.get_model({}, "")
+    base.diffusion_model = leaf
+    base.memory_required = lambda *args, **kwargs: 0  # as many entries in one call as ComfyUI ever takes
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
+
+
+def _renamed(key: str) -> str:
+    """Newer ComfyUI keeps RMSNorm's scale under `weight`."""
+    return key.removesuffix(".scale") + ".weight"
