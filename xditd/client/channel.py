@@ -79,17 +79,16 @@ class Channel:
         self._lane_fd = lane.fileno()
         self._poll.register(self._lane_fd, select.POLLIN)
 
-    def send(self, header: bytes, frames: Sequence[Any] = (), *, by_lane: bool = False) -> None:
-        """Sends a message at once; frames are not copied and must stay as they are.
+    def send_by_lane(self, header: bytes) -> bool:
+        """Sends a message by the lane. False where there is none, or no room on it."""
+        return self._lane is not None and self._lane.send(header)
 
-        Args:
-            by_lane: by the lane, if there is one and it has room.
+    def send(self, header: bytes, frames: Sequence[Any] = ()) -> None:
+        """Sends a message by ZeroMQ, at once; frames are not copied and must stay as they are.
 
         Raises:
             XditError: `timeout` where the other end takes no more.
         """
-        if by_lane and self._lane is not None and not frames and self._lane.send(header):
-            return
         try:
             if frames:
                 self._socket.send_multipart([header, *frames], zmq.NOBLOCK, copy=False)

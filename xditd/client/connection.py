@@ -116,7 +116,7 @@ class Connection:
         return self.finish(request, hear=hear, interrupt=interrupt, timeout=timeout, late=late)
 
     def begin(self, kind: type[Struct], fields: dict[str, Any], parcel: Tensors | None = None) -> Request:
-        """Sends a request.
+        """Sends a request, by the lane if it is one for it and there is room, else by ZeroMQ.
 
         Args:
             kind: of the request.
@@ -126,6 +126,19 @@ class Connection:
         Raises:
             XditError: `daemon_lost`; `too_large`; `timeout` where the daemon takes no more messages.
         """
+        request = self._begin(kind, fields, parcel, kind in BY_LANE, True)
+        assert request is not None
+        return request
+
+    def begin_by_lane(
+        self, kind: type[Struct], fields: dict[str, Any], parcel: Tensors | None = None
+    ) -> Request | None:
+        """As `begin`, but by the lane alone; None where that cannot be: nothing was sent."""
+        return self._begin(kind, fields, parcel, True, False) if kind in BY_LANE else None
+
+    def _begin(
+        self, kind: type[Struct], fields: dict[str, Any], parcel: Tensors | None, lane: bool, zeromq: bool
+    ) -> Request | None:
         with self._lock:
             if self.lost is not None:
                 _release(parcel)
@@ -136,7 +149,11 @@ class Connection:
             try:
                 header = codec.encode(kind(id=request.id, **fields))
                 frames = parcel.frames if parcel is not None else ()
-                self._channel.send(header, frames, by_lane=kind in BY_LANE)
+                request.by_lane = lane and not frames and self._channel.send_by_lane(header)
+                if not request.by_lane:
+                    if not zeromq:
+                        return None
+                    self._channel.send(header, frames)
             except BaseException:
                 _release(parcel)
                 raise

@@ -51,6 +51,7 @@ class Request:
         frames: of the answer.
         events: (event, frames) that came before the answer and were not taken yet.
         parcel: its tensors; released here if it is abandoned, by the asker otherwise.
+        by_lane: it went by the lane.
         abandoned: nobody waits for it any more; `late` is called with its answer.
         unheard: it was refused because the daemon does not know this client any more.
         woken: what a thread waits on that does not read the socket itself.
@@ -59,6 +60,7 @@ class Request:
     __slots__ = (
         "abandoned",
         "answer",
+        "by_lane",
         "events",
         "frames",
         "id",
@@ -76,6 +78,7 @@ class Request:
         self.answer: Struct | XditError | None = None
         self.frames: list[Any] = []
         self.events: deque[tuple[Any, list[Any]]] = deque()
+        self.by_lane = False
         self.abandoned = False
         self.unheard = False
         self.late: Callable[[Any], None] | None = None

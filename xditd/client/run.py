@@ -96,7 +96,7 @@ class Run:
             parcel.release()
             raise
         fields = {"run": self.id, "key": key, "tensors": described, "values": dict(values or {})}
-        request = self._connection.begin(m.PutConditioning, fields, parcel)
+        request = self._begin(m.PutConditioning, fields, parcel)
         if wait:
             self._finish(request, self._hear, None, self._timeout)
         else:
@@ -132,7 +132,7 @@ class Run:
             step.release()
             raise
         replaced = self._replaced[:]
-        request = self._connection.begin(m.Denoise, {"run": self.id, "items": tuple(asked)}, step)
+        request = self._begin(m.Denoise, {"run": self.id, "items": tuple(asked)}, step)
         results = [like(item[0], buffer) for item, buffer in zip(items, step.ahead(), strict=True)]
         answer, _ = self._finish_turn(request, replaced, self._hear, interrupt)
         try:
@@ -148,7 +148,7 @@ class Run:
         asked = tuple(
             m.DenoiseItem(x=parcel.put(source(x)), t=_times(t), conditioning=key) for x, t, key in items
         )
-        request = self._connection.begin(m.Denoise, {"run": self.id, "items": asked}, parcel)
+        request = self._begin(m.Denoise, {"run": self.id, "items": asked}, parcel)
         answer, frames = self._finish_turn(request, self._replaced[:], self._hear, interrupt)
         if len(answer.outputs) != len(items):
             raise XditError(
@@ -217,7 +217,7 @@ class Run:
             parcel.release()
             raise
         replaced = self._replaced[:]
-        request = self._connection.begin(m.Sample, fields, parcel)
+        request = self._begin(m.Sample, fields, parcel)
 
         def hear(event: Any, frames: list[Any]) -> None:
             self._hear(event, frames)
@@ -374,6 +374,24 @@ class Run:
         self, kind: type[Struct], fields: dict[str, Any], parcel: Parcel, interrupt: Interrupt | None
     ) -> tuple[Any, list[Any]]:
         return self._finish(self._connection.begin(kind, fields, parcel), self._hear, interrupt)
+
+    def _begin(self, kind: type[Struct], fields: dict[str, Any], parcel: Parcel | Step) -> Request:
+        """Sends what comes after conditioning, which it must not overtake.
+
+        Lane and ZeroMQ may overtake each other: what cannot go the way of conditioning whose answer was not waited
+        for, waits for that answer now.
+        """
+        if self._unheard:
+            if all(request.by_lane for request in self._unheard):
+                request = self._connection.begin_by_lane(kind, fields, parcel)
+                if request is not None:
+                    return request
+            try:
+                self._hear_conditioning()
+            except BaseException:
+                parcel.release()
+                raise
+        return self._connection.begin(kind, fields, parcel)
 
     def _finish_turn(
         self, request: Request, replaced: list[Parcel], hear: Hear, interrupt: Interrupt | None
