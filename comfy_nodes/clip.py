@@ -43,8 +43,9 @@ class RemoteEncoder(comfy.sd1_clip.SDClipModel):
         has_pooled: bool = True,
     ) -> None:
         torch.nn.Module.__init__(self)
-        self.has_pooled = has_pooled
         self.dispatcher, info = encoder
+        self.has_pooled = has_pooled
+        self.projects = bool(info.facts.get("projection"))  # without one, ComfyUI's is the identity
         self.num_layers = info.facts["layers"]
         self.special_tokens = special_tokens
         self.layer, self.layer_idx = layer, layer_idx
@@ -62,7 +63,7 @@ class RemoteEncoder(comfy.sd1_clip.SDClipModel):
             raise XditError(
                 Code.NOT_BUILT, f"A CLIP loaded by xDiT has no output of the layers {self.layer} yet."
             )
-        pooled_as = "projected" if self.return_projected_pooled else "plain"
+        pooled_as = "projected" if self.return_projected_pooled and self.projects else "plain"
         vectors: list[torch.Tensor] = []
         rows = [[_token(token, vectors) for token in section] for section in sections]
         spec = self.dispatcher

@@ -17,11 +17,13 @@ def test_conditioning_that_is_not_waited_for_is_there_when_it_is_named(
 ) -> None:
     service = serve()
     with service.client(shared_memory=shared_memory) as client, client.open_run("echo/echo") as run:
-        for i in range(100):
-            run.put_conditioning(f"sampled {i}", {"context": X}, wait=False)
-            run.sample(X, [1.0, 0.0], f"sampled {i}")
-            run.put_conditioning(f"denoised {i}", {"context": X}, wait=False)
-            run.denoise([(X, 0.5, f"denoised {i}")])
+        for i in range(50):
+            for key in ("a", "b", "c"):  # the daemon reads one message a time from each way
+                run.put_conditioning(f"{key}{i % 20}", {"context": X}, wait=False)
+            run.sample(X, [1.0, 0.0], f"c{i % 20}")
+            for key in ("d", "e", "f"):
+                run.put_conditioning(f"{key}{i % 20}", {"context": X}, wait=False)
+            run.denoise([(X, 0.5, f"f{i % 20}")])
 
 
 def test_what_is_wrong_with_it_is_told_by_what_comes_next(serve: Serve) -> None:

@@ -1,7 +1,7 @@
 """From what was asked to how the model runs: a plan, or a refusal that says what would work.
 
 Pure: it is told the model's facts and the names of the devices. The choice is exact only: sequence parallelism
-(USP), ulysses as far as the heads divide and ring for the rest; a VAE takes one device.
+(USP), ulysses as far as the heads divide and ring for the rest; a VAE or a text encoder takes one device.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ Handlers = Mapping[type[Any], Handler]
 
 
 class Worker(Protocol):
-    """What a rank does its orders with: a transformer, a VAE, or nothing (echo)."""
+    """What a rank does its orders with: a transformer, a VAE, a text encoder, or nothing (echo)."""
 
     handlers: Handlers
     attention: str  # what RankReady tells

@@ -23,7 +23,7 @@ from comfy_nodes import daemon  # noqa: E402
 from comfy_nodes.dispatcher import Dispatcher  # noqa: E402
 from comfy_nodes.patcher import make_model  # noqa: E402
 from tests.live.service import Service  # noqa: E402
-from xditd.models.making import make_flux, make_vae  # noqa: E402
+from xditd.models.making import make_clip, make_flux, make_t5, make_vae  # noqa: E402
 from xditd.protocol.messages import ModelRef, PlanRequest  # noqa: E402
 
 FLUX = {
@@ -35,6 +35,10 @@ FLUX = {
     "pooled_width": 32,
 }
 """As narrow as ComfyUI's position embedding allows."""
+
+CLIP_L = {"width": 64, "layers": 3}
+CLIP_G = {"width": 64, "layers": 32}
+T5 = {"width": 128, "layers": 2}
 
 OWN_RANKS = (sys.executable, "-m", "tests.comfy.inside.rank")
 XFUSER_RANKS = (os.environ.get("XDITD_PYTHON", sys.executable), "-m", "xditd.rank")
@@ -48,6 +52,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_flux(folder / "diffusion_models" / "flux.safetensors", **FLUX, dtype=torch.float32)
     make_vae(folder / "vae" / "ae.safetensors", dtype=torch.float32)
+    make_clip(folder / "text_encoders" / "clip_l.safetensors", **CLIP_L, dtype=torch.float32, seed=4)
+    make_clip(folder / "text_encoders" / "clip_g.safetensors", **CLIP_G, dtype=torch.float32, seed=5)
+    make_t5(folder / "text_encoders" / "t5xxl.safetensors", **T5, dtype=torch.float32, seed=6)
     return folder
 
 
