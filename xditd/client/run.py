@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Union
+from typing import Any
 
 from msgspec import Struct
 
-from xditd.client import text
+from xditd.client import text, vae
 from xditd.client.connection import Connection, Hear
 from xditd.client.parcel import Parcel
 from xditd.client.request import Request, anew
 from xditd.client.step import Step
-from xditd.client.values import T, like, source
+from xditd.client.values import T, Times, like, source, times
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
 
 Interrupt = Callable[[], None]
-Times = Union[float, Sequence[float]]
 
 _PREVIEWS = 4
 """Slots that a rank writes previews to in turn: one is safe to read until the second after it has been announced."""
@@ -127,7 +127,7 @@ class Run:
             asked = []
             for x, t, key in items:
                 given, room = step.put(source(x))
-                asked.append(m.DenoiseItem(x=given, t=_times(t), conditioning=key, out=room))
+                asked.append(m.DenoiseItem(x=given, t=times(t), conditioning=key, out=room))
         except BaseException:
             step.release()
             raise
@@ -146,7 +146,7 @@ class Run:
     ) -> list[T]:
         parcel = self._parcel()
         asked = tuple(
-            m.DenoiseItem(x=parcel.put(source(x)), t=_times(t), conditioning=key) for x, t, key in items
+            m.DenoiseItem(x=parcel.put(source(x)), t=times(t), conditioning=key) for x, t, key in items
         )
         request = self._begin(m.Denoise, {"run": self.id, "items": asked}, parcel)
         answer, frames = self._finish_turn(request, self._replaced[:], self._hear, interrupt)
@@ -199,7 +199,7 @@ class Run:
             fields = {
                 "run": self.id,
                 "sampler": sampler,
-                "sigmas": _times(sigmas),
+                "sigmas": times(sigmas),
                 "noise": parcel.put(given),
                 "conditioning": conditioning,
                 "latent": None if latent is None else parcel.put(source(latent)),
@@ -238,23 +238,15 @@ class Run:
 
     def decode(self, latent: T, *, interrupt: Interrupt | None = None) -> T:
         """VAE: latent [B, C, h, w], unscaled as ComfyUI's LATENT, to image [B, H, W, 3] float32 in 0..1."""
-        scale = self.model.facts.get("scale", 8)
-
-        def image(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-            return (shape[0], shape[2] * scale, shape[3] * scale, 3) if len(shape) == 4 else None
-
-        return self._turn(m.Decode, "latent", latent, image, "image", interrupt)
+        put, opened = partial(vae.put_latent, latent=latent), partial(vae.opened, given=latent)
+        image: T = self._turn(m.Decode, put, opened, interrupt)
+        return image
 
     def encode(self, image: T, *, interrupt: Interrupt | None = None) -> T:
         """VAE: image [B, H, W, 3] in 0..1 to latent [B, C, h, w] float32, unscaled."""
-        scale, channels = self.model.facts.get("scale", 8), self.model.facts.get("latent_channels")
-
-        def latent(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-            if len(shape) != 4 or channels is None or min(shape[1], shape[2]) < scale:
-                return None
-            return (shape[0], channels, shape[1] // scale, shape[2] // scale)
-
-        return self._turn(m.Encode, "image", image, latent, "latent", interrupt)
+        put, opened = partial(vae.put_image, image=image), partial(vae.opened, given=image)
+        latent: T = self._turn(m.Encode, put, opened, interrupt)
+        return latent
 
     def encode_text(
         self,
@@ -277,18 +269,11 @@ class Run:
             final_norm: whether the hidden state of a `layer` goes through the final norm, too.
             pooled: "none"; of CLIP "plain", that of the text's end, or "projected", that times the projection.
         """
-        parcel = self._parcel()
-        fields = {"run": self.id, "layer": layer, "final_norm": final_norm, "pooled": pooled}
-        try:
-            fields |= text.put(parcel, self.model.facts, tokens, vectors, mask, pooled)
-        except BaseException:
-            parcel.release()
-            raise
-        answer, frames = self._ask(m.EncodeText, fields, parcel, interrupt)
-        try:
-            return text.opened(parcel, tokens, fields, answer, frames)
-        finally:
-            parcel.release()
+        asked = {"layer": layer, "final_norm": final_norm, "pooled": pooled}
+        put = partial(text.put, tokens=tokens, vectors=vectors, mask=mask, asked=asked)
+        opened = partial(text.opened, given=tokens)
+        results: tuple[T, T | None] = self._turn(m.EncodeText, put, opened, interrupt)
+        return results
 
     # ---------------------------------------------------------------------------------------------------- its end
 
@@ -432,25 +417,20 @@ class Run:
     def _turn(
         self,
         kind: type[Struct],
-        what: str,
-        tensor: T,
-        shape_of: Callable[[tuple[int, ...]], tuple[int, ...] | None],
-        answered: str,
+        put: Callable[..., dict[str, Any]],
+        opened: Callable[..., Any],
         interrupt: Interrupt | None,
-    ) -> T:
-        """One tensor in, one float32 tensor out; as a frame where its size is not known beforehand."""
+    ) -> Any:
+        """A request with tensors of its own: `put` into a parcel as the message's fields, `opened` when it is answered."""
         parcel = self._parcel()
         try:
-            given = source(tensor)
-            shape = shape_of(given.shape)
-            room = None if shape is None else parcel.floats(shape)
-            fields = {"run": self.id, what: parcel.put(given), "out": room}
+            fields = {"run": self.id, **put(parcel, self.model.facts)}
         except BaseException:
             parcel.release()
             raise
         answer, frames = self._ask(kind, fields, parcel, interrupt)
         try:
-            return like(tensor, parcel.open(getattr(answer, answered), room, frames))
+            return opened(parcel, fields=fields, answer=answer, frames=frames)
         finally:
             parcel.release()
 
@@ -462,10 +442,3 @@ def forked(pid: int) -> XditError:
         f"This client belongs to process {pid} and cannot be used in process {os.getpid()}, which was forked from it; "
         "make a new Client there.",
     )
-
-
-def _times(t: Any) -> tuple[float, ...]:
-    """A number, a sequence of them or a tensor, as a tuple."""
-    if hasattr(t, "tolist"):
-        t = t.tolist()
-    return (float(t),) if isinstance(t, (int, float)) else tuple(float(value) for value in t)

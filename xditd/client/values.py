@@ -1,7 +1,8 @@
-"""What a program gives and gets: torch tensors or Buffers, and which of the two is seen here alone."""
+"""What a program gives and gets: torch tensors or Buffers, told apart here alone, and timesteps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T", bound="Union[torch.Tensor, Buffer]")
+Times = Union[float, Sequence[float]]
 
 
 def source(tensor: Any) -> Source:
@@ -29,3 +31,10 @@ def with_torch() -> Any:
     from xditd.client import tensors
 
     return tensors
+
+
+def times(t: Any) -> tuple[float, ...]:
+    """A number, a sequence of them or a tensor, as a tuple."""
+    if hasattr(t, "tolist"):
+        t = t.tolist()
+    return (float(t),) if isinstance(t, (int, float)) else tuple(float(value) for value in t)
