@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -20,6 +21,8 @@ from xditd.protocol.messages import ModelInfo
 from . import daemon
 from .dispatcher import Dispatcher
 from .patcher import RemotePatcher
+
+log = logging.getLogger("xditd.nodes")
 
 Encoder = tuple[Dispatcher, ModelInfo]
 """Where a text encoder is, and what it is."""
@@ -46,7 +49,7 @@ class RemoteEncoder(comfy.sd1_clip.SDClipModel):
         self.dispatcher, info = encoder
         self.has_pooled = has_pooled
         self.projects = bool(info.facts.get("projection"))  # without one, ComfyUI's is the identity
-        self.num_layers = info.facts["layers"]
+        self.num_layers, self.width = info.facts["layers"], info.facts["width"]
         self.special_tokens = special_tokens
         self.layer, self.layer_idx = layer, layer_idx
         self.layer_norm_hidden_state = layer_norm_hidden_state
@@ -65,7 +68,7 @@ class RemoteEncoder(comfy.sd1_clip.SDClipModel):
             )
         pooled_as = "projected" if self.return_projected_pooled and self.projects else "plain"
         vectors: list[torch.Tensor] = []
-        rows = [[_token(token, vectors) for token in section] for section in sections]
+        rows = [self._row(section, vectors) for section in sections]
         spec = self.dispatcher
         hidden, pooled = daemon.patiently(
             lambda: daemon.client(spec.endpoint).encode_text(
@@ -84,6 +87,23 @@ class RemoteEncoder(comfy.sd1_clip.SDClipModel):
         device = self.execution_device or torch.device("cpu")
         # Clones: ComfyUI writes weights into them, and keeps them for as long as the prompt does not change.
         return hidden.to(device, copy=True), None if pooled is None else pooled.to(device, copy=True)
+
+    def _row(self, section: Sequence[Any], vectors: list[torch.Tensor]) -> list[int]:
+        """Numbers of tokens; −1 − i stands for the i-th vector. As in ComfyUI, a vector that does not fit is left out."""
+        row, left_out = [], 0
+        for token in section:
+            if isinstance(token, numbers.Integral):
+                row.append(int(token))
+                continue
+            vector = _vector(token)
+            if vector.shape[-1] == self.width:
+                vectors.append(vector)
+                row.append(-len(vectors))
+            else:
+                left_out += 1
+        if left_out:
+            log.warning("An embedding has vectors that are not %d wide, and is left out.", self.width)
+        return row + [self.special_tokens["pad"]] * left_out
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise XditError(
@@ -171,17 +191,14 @@ def _without_weights(kind: type[torch.nn.Module]) -> Any:
     return stage
 
 
-def _token(token: Any, vectors: list[torch.Tensor]) -> int:
-    """A token's number; −1 − i stands for the i-th vector."""
-    if isinstance(token, numbers.Integral):
-        return int(token)
+def _vector(token: Any) -> torch.Tensor:
+    """A textual inversion's vector, as either version of ComfyUI's tokenizer gives it."""
     data = token.get("data") if isinstance(token, dict) and token.get("type") == "embedding" else token
     if not isinstance(data, torch.Tensor):
         raise XditError(
             Code.NOT_BUILT, "A CLIP loaded by xDiT takes text and textual inversions, and nothing else."
         )
-    vectors.append(data.reshape(-1).float())
-    return -len(vectors)
+    return data.reshape(-1).float()
 
 
 def _name(info: ModelInfo) -> str:

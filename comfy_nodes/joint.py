@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 Wrappers = comfy.patcher_extension.WrappersMP
 
 Identity = tuple[tuple[Any, Any], ...]
-"""The tensors of a conditioning entry, each with how often it was written to."""
+"""The tensors of a conditioning entry, each with a trace of its contents."""
+
+SAMPLED = 4096
+"""Values of a tensor that are looked at between two steps."""
 
 
 class Joint:
@@ -96,7 +99,15 @@ def _alike(before: Identity | None, after: Identity) -> bool:
 
 def _identity(entry: dict[str, Any]) -> Identity:
     held = [getattr(value, "cond", value) for _, value in sorted(entry.get("model_conds", {}).items())]
-    return tuple((value, getattr(value, "_version", None)) for value in held)
+    return tuple((value, _trace(value)) for value in held)
+
+
+def _trace(value: Any) -> Any:
+    """What a write to a tensor would change: a sample of its values, as tensors of inference mode count no writes."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    flat = value.flatten() if value.is_contiguous() else value.reshape(-1)
+    return float(flat[:: max(1, flat.numel() // SAMPLED)].sum())
 
 
 def _several(conds: Sequence[Any]) -> bool:

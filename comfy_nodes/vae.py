@@ -16,24 +16,26 @@ from .patcher import RemotePatcher
 
 
 class RemoteAutoencoder(torch.nn.Module):
-    """What ComfyUI takes for the VAE's network. Images are [B, 3, H, W] in 0..1, latents [B, C, h, w], unscaled."""
+    """What ComfyUI takes for the VAE's network. Images are [B, 3, H, W], black 0 and white 1; latents [B, C, h, w]."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.dispatcher = dispatcher
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return self._ask("decode", latent).movedim(-1, 1)
+        return self._ask("decode", latent, clamp=False).movedim(-1, 1)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         return self._ask("encode", image.movedim(1, -1))
 
-    def _ask(self, verb: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _ask(self, verb: str, tensor: torch.Tensor, **options: bool) -> torch.Tensor:
         spec = self.dispatcher
         ask = getattr(daemon.client(spec.endpoint), verb)
         try:
             result: torch.Tensor = daemon.patiently(
-                lambda: ask(spec.model, tensor, spec.plan, on_event=daemon.tell, interrupt=daemon.interrupt),
+                lambda: ask(
+                    spec.model, tensor, spec.plan, on_event=daemon.tell, interrupt=daemon.interrupt, **options
+                ),
                 was_there=True,
             )
         except XditError as error:
@@ -64,7 +66,8 @@ class RemoteVAE(comfy.sd.VAE):
         self.latent_channels = info.facts["latent_channels"]
         self.latent_dim, self.output_channels = 2, 3
         self.upscale_ratio = self.downscale_ratio = info.facts["scale"]
-        self.process_input = self.process_output = _same  # the daemon has images in 0..1
+        self.process_input = _same  # the daemon has images in 0..1
+        self.process_output = _cut  # after tiles are blended, as ComfyUI does
         self.memory_used_encode = self.memory_used_decode = (
             _one  # none of ComfyUI's memory: a batch goes whole
         )
@@ -75,6 +78,10 @@ class RemoteVAE(comfy.sd.VAE):
 
 def _same(image: torch.Tensor) -> torch.Tensor:
     return image
+
+
+def _cut(image: torch.Tensor) -> torch.Tensor:
+    return image.clamp_(0.0, 1.0)
 
 
 def _one(shape: Any, dtype: Any) -> int:

@@ -180,7 +180,7 @@ def test_what_an_order_that_is_no_turn_did_wrong_is_told_in_its_runs_next_turn(r
 
 def test_a_rank_does_not_know_an_order_of_another_part(ranks: Ranks) -> None:
     (described,), frames = framed([latent(1)])
-    ranks.send(orders.TurnDecode(order=11, run=1, latent=described, out=None), *frames)
+    ranks.send(orders.TurnDecode(order=11, run=1, latent=described, clamp=True, out=None), *frames)
     failed, _ = ranks.wait(orders.RankFailed)
     assert (failed.order, failed.code, failed.alive) == (11, "not_built", True)
 

@@ -36,7 +36,7 @@ def test_an_odd_latent_is_decoded_into_its_slot(ranks: Ranks, plain: Autoencoder
     latent = torch.randn(1, 16, 5, 7, generator=torch.Generator().manual_seed(0))
     slots = ranks.slots()
     out = slots.take((1, 40, 56, 3), torch.float32)
-    done, _ = ranks.turn(orders.TurnDecode(order=1, run=1, latent=slots.put(latent), out=out))
+    done, _ = ranks.turn(orders.TurnDecode(order=1, run=1, latent=slots.put(latent), clamp=True, out=out))
     assert done.outputs == (out,)
     with torch.no_grad():
         expected = ((plain.decode(latent).sample + 1) / 2).clamp(0, 1).movedim(1, -1)

@@ -184,15 +184,16 @@ class Client:
         latent: T,
         plan: m.PlanRequest | None = None,
         *,
+        clamp: bool = True,
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
     ) -> T:
-        """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] float32 in 0..1: a run of one turn."""
+        """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] float32 in 0..1: a run of one turn. For `clamp` see `Run.decode`."""
         with self.open_run(
             vae_model, plan, label="decode", on_event=on_event, interrupt=interrupt, timeout=timeout
         ) as run:
-            return run.decode(latent, interrupt=interrupt)
+            return run.decode(latent, clamp=clamp, interrupt=interrupt)
 
     def encode(
         self,

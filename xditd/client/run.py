@@ -236,9 +236,13 @@ class Run:
         finally:
             parcel.release()
 
-    def decode(self, latent: T, *, interrupt: Interrupt | None = None) -> T:
-        """VAE: latent [B, C, h, w], unscaled as ComfyUI's LATENT, to image [B, H, W, 3] float32 in 0..1."""
-        put, opened = partial(vae.put_latent, latent=latent), partial(vae.opened, given=latent)
+    def decode(self, latent: T, *, clamp: bool = True, interrupt: Interrupt | None = None) -> T:
+        """VAE: latent [B, C, h, w], unscaled as ComfyUI's LATENT, to image [B, H, W, 3] float32 in 0..1.
+
+        Args:
+            clamp: False leaves values outside of 0..1 as they are, for whoever blends tiles before cutting.
+        """
+        put, opened = partial(vae.put_latent, latent=latent, clamp=clamp), partial(vae.opened, given=latent)
         image: T = self._turn(m.Decode, put, opened, interrupt)
         return image
 

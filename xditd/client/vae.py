@@ -10,12 +10,12 @@ from xditd.client.values import T, like, source
 from xditd.protocol.messages import Decoded, Encoded
 
 
-def put_latent(parcel: Parcel, facts: Mapping[str, int], latent: T) -> dict[str, Any]:
+def put_latent(parcel: Parcel, facts: Mapping[str, int], latent: T, clamp: bool) -> dict[str, Any]:
     """The tensors of a Decode, with room for the image; that comes as a frame where its size cannot be told."""
     given, scale = source(latent), facts.get("scale", 8)
     shape = given.shape
     image = (shape[0], shape[2] * scale, shape[3] * scale, 3) if len(shape) == 4 else None
-    return {"latent": parcel.put(given), "out": image and parcel.floats(image)}
+    return {"latent": parcel.put(given), "clamp": clamp, "out": image and parcel.floats(image)}
 
 
 def put_image(parcel: Parcel, facts: Mapping[str, int], image: T) -> dict[str, Any]:

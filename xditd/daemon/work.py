@@ -42,7 +42,7 @@ def turn(order: int, run: int, asked: Asked) -> Turn:
     if isinstance(work, m.Sample):
         return o.TurnSample(order=order, run=run, step=asked.step)
     if isinstance(work, m.Decode):
-        return o.TurnDecode(order=order, run=run, latent=work.latent, out=work.out)
+        return o.TurnDecode(order=order, run=run, latent=work.latent, clamp=work.clamp, out=work.out)
     if isinstance(work, m.Encode):
         return o.TurnEncode(order=order, run=run, image=work.image, out=work.out)
     return o.TurnEncodeText(

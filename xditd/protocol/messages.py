@@ -276,6 +276,7 @@ class Decode(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="decode"
     id: Id
     run: Id
     latent: Tensor
+    clamp: bool = True  # to 0..1
     out: Tensor | None = None
 
 

@@ -87,6 +87,7 @@ class TurnDecode(Struct, frozen=True, kw_only=True, tag="turn_decode", tag_field
     order: int
     run: int
     latent: Tensor
+    clamp: bool
     out: Tensor | None
 
 

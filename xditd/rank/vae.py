@@ -34,7 +34,7 @@ class Vae:
         }
 
     def decode(self, order: orders.TurnDecode, frames: Frames) -> Answer:
-        image = self._network.decode(self._transfer.receive(order.latent, frames))
+        image = self._network.decode(self._transfer.receive(order.latent, frames), order.clamp)
         return Answer(*self._transfer.deliver([(image, order.out, "float32")], frames))
 
     def encode(self, order: orders.TurnEncode, frames: Frames) -> Answer:

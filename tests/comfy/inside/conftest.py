@@ -44,6 +44,14 @@ OWN_RANKS = (sys.executable, "-m", "tests.comfy.inside.rank")
 XFUSER_RANKS = (os.environ.get("XDITD_PYTHON", sys.executable), "-m", "xditd.rank")
 MODEL = ModelRef(kind="diffusion_models", name="flux.safetensors")
 
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    """As ComfyUI runs its nodes."""
+    with torch.inference_mode():
+        yield
+
+
 Serve = Callable[..., Service]
 
 

@@ -20,10 +20,11 @@ class Autoencoder:
         self.device = device
         self.dtype = dtype
 
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """A latent [B, C, h, w] as an image [B, H, W, 3], float32."""
+    def decode(self, latent: torch.Tensor, clamp: bool = True) -> torch.Tensor:
+        """A latent [B, C, h, w] as an image [B, H, W, 3], float32; without `clamp` also beyond 0..1."""
         image = self.backbone.decode(latent.to(self.dtype), return_dict=False)[0]
-        return image.float().add_(1).div_(2).clamp_(0, 1).permute(0, 2, 3, 1)
+        image = image.float().add_(1).div_(2).permute(0, 2, 3, 1)
+        return image.clamp_(0, 1) if clamp else image
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """An image [B, H, W, 3] as a latent [B, C, h, w], float32: the mode of its distribution."""
