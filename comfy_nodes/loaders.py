@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -14,7 +15,7 @@ from xditd.protocol.messages import Loaded, ModelRef, PlanRequest
 from . import daemon
 from .clip import TYPES, make_clip
 from .dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
-from .patcher import make_model
+from .patcher import make_model, remote
 from .say import say
 from .vae import RemoteVAE, missing_vae
 
@@ -122,9 +123,10 @@ class LoadCheckpoint(io.ComfyNode):
         clip = make_clip("flux", [(part, found.model) for part, found in encoders]) if encoders else None
         vae = _part(part := spec.part("vae"))
         _done(spec, loaded, "" if clip else "; no text encoders in it", "" if vae else "; no VAE in it")
-        return io.NodeOutput(
-            make_model(spec, loaded), clip, RemoteVAE(part, vae.model) if vae else missing_vae(), spec
-        )
+        model = make_model(spec, loaded)
+        if clip is not None:
+            remote(model).empty_prompt = functools.cache(lambda: _empty_prompt(clip))
+        return io.NodeOutput(model, clip, RemoteVAE(part, vae.model) if vae else missing_vae(), spec)
 
 
 class LoadUNet(io.ComfyNode):
@@ -313,6 +315,12 @@ def _part(spec: Dispatcher) -> Loaded | None:
         if error.code == Code.UNKNOWN_FAMILY:
             return None
         raise
+
+
+def _empty_prompt(clip: Any) -> dict[str, Any]:
+    """What a diffusion model is called with for an empty prompt."""
+    context, pooled = clip.encode_from_tokens(clip.tokenize(""), return_pooled=True)
+    return {"context": context, "y": pooled}
 
 
 def _done(spec: Dispatcher, loaded: Loaded, *lacks: str) -> None:

@@ -6,7 +6,7 @@ It holds no weights. Everything around it, from conditioning to sampler, is Comf
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import comfy.patcher_extension
@@ -44,6 +44,7 @@ class RemoteTransformer(torch.nn.Module):
         dispatcher: where.
         info: what the daemon found it to be.
         dtype: what ComfyUI casts its inputs to: what the daemon computes in.
+        empty_prompt: the inputs that an empty prompt gives, where the loader has text encoders; else None.
     """
 
     def __init__(self, dispatcher: Dispatcher, info: ModelInfo, dtype: torch.dtype) -> None:
@@ -53,6 +54,7 @@ class RemoteTransformer(torch.nn.Module):
         self.dtype = dtype
         self.family = family(info)
         self.patch_size = self.family.patch_size
+        self.empty_prompt: Callable[[], dict[str, torch.Tensor]] | None = None
         self._samplings: list[Sampling] = []  # the innermost last: a sampler may sample within a sampling
         self._finished: Sampling | None = None
 
@@ -113,6 +115,8 @@ class RemoteTransformer(torch.nn.Module):
         self, x: torch.Tensor, timestep: torch.Tensor, inputs: Mapping[str, Any], options: Mapping[str, Any]
     ) -> torch.Tensor:
         sampling = self._samplings[-1]
+        if inputs["context"] is None and self.empty_prompt is not None:
+            inputs = {**inputs, **_for_batch(self.empty_prompt(), x)}
         kinds, uuids = options.get("cond_or_uncond") or [0], options.get("uuids") or [""]
         parts = len(kinds)
         shares = {name: value.chunk(parts) for name, value in inputs.items() if value is not None}
@@ -159,6 +163,13 @@ class RemoteTransformer(torch.nn.Module):
             "weights in ComfyUI, which LoRA loaders, merging and saving need",
             "use the stock Load Diffusion Model for that",
         )
+
+
+def _for_batch(inputs: Mapping[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        name: value.to(x.device, x.dtype).expand(x.shape[0], *value.shape[1:])
+        for name, value in inputs.items()
+    }
 
 
 def _unbuilt(what: str, works: str) -> XditError:

@@ -346,3 +346,12 @@ def test_a_conditioning_without_a_text_is_refused(remote: Any) -> None:
 def test_refusals_leave_nothing_behind(remote: Any, local: Any, service: Service) -> None:
     assert not daemon.client(service.endpoint).status().runs
     assert torch.equal(ksampler(remote), ksampler(local))
+
+
+def test_a_conditioning_without_a_text_gets_that_of_an_empty_prompt(remote: Any, local: Any) -> None:
+    """Where the loader has text encoders, as Load Checkpoint has."""
+    (context, options), bare = text(7)[0], text(1)
+    bare[0][0] = bare[0][1]["pooled_output"] = None
+    leaf = leaf_of(remote)
+    leaf.empty_prompt = lambda: {"context": context, "y": options["pooled_output"]}
+    assert torch.equal(ksampler(remote, bare, cfg=1.0), ksampler(local, text(7), cfg=1.0))
