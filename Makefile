@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check soak bench format clean
+.PHONY: demo test check soak bench exactness format clean
 
 demo: $(READY)            ## draw a picture with two CPU ranks and show the daemon's status
 	$(BIN)/xditctl demo
@@ -24,6 +24,9 @@ soak: $(READY)            ## what is too long for make test: kills, leaks, long 
 bench: $(READY)           ## the hand-off beside its peers, as ratios (installs ray)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[ray]"
 	$(BIN)/python -m bench.handoff
+
+exactness: $(READY)       ## compares with ComfyUI, COMFYUI="CHECKOUT=PYTHON …", and writes docs/exactness.md
+	$(BIN)/python -m tests.comfy.exactness $(COMFYUI) --write
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -71,8 +71,11 @@ def refuse_unbuilt(
     """Refuses choices that this version knows and does not have; none is ignored.
 
     Raises:
-        XditError: `not_built`, with what works instead.
+        XditError: `not_built`, with what works instead; `bad_value` for a choice that there is not.
     """
+    for chosen, choices in ((strategy, STRATEGIES), (scheduling, SCHEDULINGS)):
+        if chosen not in choices:
+            raise XditError(Code.BAD_VALUE, f"There is no {chosen!r}; choose {', '.join(choices)}.")
     unbuilt: Sequence[tuple[bool, str, str]] = (
         (strategy in ("PipeFusion", "CFG", "Tensor"), f"the strategy {strategy}", "auto, Hybrid or USP"),
         (replicas > 1, f"{replicas} replicas", "1"),

@@ -13,7 +13,7 @@ from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Loaded, ModelRef, PlanRequest
 
 from . import daemon
-from .clip import TYPES, make_clip
+from .clip import make_clip
 from .dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
 from .patcher import make_model, remote
 from .say import say
@@ -110,8 +110,16 @@ class LoadCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, **choices: Any) -> bool | str:
-        return _objection(choices)
+    def validate_inputs(
+        cls,
+        gpu_devices: str = "",
+        replicas: int = 1,
+        strategy: str = STRATEGIES[0],
+        allow_approximate: bool = False,
+        scheduling: str = SCHEDULINGS[0],
+        fallback: bool = False,
+    ) -> bool | str:
+        return _objection(gpu_devices, strategy, replicas, scheduling, allow_approximate, fallback)
 
     @classmethod
     def execute(cls, ckpt_name: str, **choices: Any) -> io.NodeOutput:
@@ -152,10 +160,19 @@ class LoadUNet(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, weight_dtype: str = "default", **choices: Any) -> bool | str:
+    def validate_inputs(
+        cls,
+        weight_dtype: str = "default",
+        gpu_devices: str = "",
+        replicas: int = 1,
+        strategy: str = STRATEGIES[0],
+        allow_approximate: bool = False,
+        scheduling: str = SCHEDULINGS[0],
+        fallback: bool = False,
+    ) -> bool | str:
         if weight_dtype != "default":
             return f"weight_dtype {weight_dtype} is not built yet; choose default."
-        return _objection(choices)
+        return _objection(gpu_devices, strategy, replicas, scheduling, allow_approximate, fallback)
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str, **choices: Any) -> io.NodeOutput:
@@ -183,8 +200,8 @@ class LoadVAE(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, **choices: Any) -> bool | str:
-        return _objection(choices)
+    def validate_inputs(cls, gpu_devices: str = "") -> bool | str:
+        return _objection(gpu_devices)
 
     @classmethod
     def execute(cls, vae_name: str, **choices: Any) -> io.NodeOutput:
@@ -195,13 +212,14 @@ class LoadVAE(io.ComfyNode):
 
 
 def _clip_loader(
-    node_id: str, display_name: str, names: tuple[str, ...], kind: str | None
+    node_id: str, display_name: str, names: tuple[str, ...], types: tuple[str, ...], asks: bool = True
 ) -> type[io.ComfyNode]:
     """A loader of one, two or three text encoders.
 
     Args:
         names: of its inputs for files.
-        kind: the type that it always makes; None lets the user choose.
+        types: that so many files can make.
+        asks: whether it has the stock loader's inputs type and device.
     """
 
     class LoadCLIP(io.ComfyNode):
@@ -210,14 +228,14 @@ def _clip_loader(
             files = folder_paths.get_filename_list("text_encoders")
             chosen = (
                 []
-                if kind
+                if not asks
                 else [
-                    io.Combo.Input("type", options=list(TYPES), tooltip="Of the model that the text is for.")
+                    io.Combo.Input("type", options=list(types), tooltip="Of the model that the text is for.")
                 ]
             )
             stock = (
                 []
-                if kind
+                if not asks
                 else [
                     io.Combo.Input(
                         "device",
@@ -242,15 +260,13 @@ def _clip_loader(
             )
 
         @classmethod
-        def validate_inputs(cls, device: str = "default", **choices: Any) -> bool | str:
+        def validate_inputs(cls, device: str = "default", gpu_devices: str = "") -> bool | str:
             if device != "default":
                 return "device cpu is not built yet: the daemon owns the devices; choose default and set gpu_devices."
-            return _objection(choices)
+            return _objection(gpu_devices)
 
         @classmethod
-        def execute(
-            cls, type: str = kind or TYPES[0], device: str = "default", **choices: Any
-        ) -> io.NodeOutput:
+        def execute(cls, type: str = types[0], device: str = "default", **choices: Any) -> io.NodeOutput:
             specs = [_dispatcher("text_encoders", choices.pop(name), choices) for name in names]
             encoders = [(spec, _load(spec).model) for spec in specs]
             clip = make_clip(type, encoders)
@@ -261,19 +277,30 @@ def _clip_loader(
     return LoadCLIP
 
 
-LoadCLIP = _clip_loader("XDiTCLIPLoader", "Load CLIP (xDiT)", ("clip_name",), None)
-LoadDualCLIP = _clip_loader("XDiTDualCLIPLoader", "Load Dual CLIP (xDiT)", ("clip_name1", "clip_name2"), None)
+LoadCLIP = _clip_loader("XDiTCLIPLoader", "Load CLIP (xDiT)", ("clip_name",), ("sd3",))
+LoadDualCLIP = _clip_loader(
+    "XDiTDualCLIPLoader", "Load Dual CLIP (xDiT)", ("clip_name1", "clip_name2"), ("flux", "sd3")
+)
 LoadTripleCLIP = _clip_loader(
-    "XDiTTripleCLIPLoader", "Load Triple CLIP (xDiT)", ("clip_name1", "clip_name2", "clip_name3"), "sd3"
+    "XDiTTripleCLIPLoader",
+    "Load Triple CLIP (xDiT)",
+    ("clip_name1", "clip_name2", "clip_name3"),
+    ("sd3",),
+    asks=False,
 )
 
 NODES = [LoadCheckpoint, LoadUNet, LoadVAE, LoadCLIP, LoadDualCLIP, LoadTripleCLIP]
 
 
-def _objection(choices: dict[str, Any]) -> bool | str:
-    """True, or what is wrong with choices that can be judged before anything runs."""
+def _objection(gpu_devices: str, *choices: Any) -> bool | str:
+    """True, or what is wrong with choices that can be judged before anything runs. ComfyUI checks all other inputs.
+
+    Args:
+        choices: strategy, replicas, scheduling, allow_approximate and fallback, where the node has them.
+    """
+    names = ("strategy", "replicas", "scheduling", "allow_approximate", "fallback")
     try:
-        _plan(choices)
+        _plan({"gpu_devices": gpu_devices, **dict(zip(names, choices, strict=False))})
     except XditError as error:
         return error.message
     return True
