@@ -1,0 +1,63 @@
+"""What a user sees on a node while it waits, and afterwards."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from comfy_nodes import daemon, sampling, status
+from tests.comfy.inside.conftest import load
+from tests.comfy.inside.test_model import ksampler
+from tests.live.service import Service
+from xditd.protocol import messages as m
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    for module in (daemon, sampling):
+        monkeypatch.setattr(module, "say", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (m.Queued(re=1, run=3, position=2, phase="waiting"), "⏳ 2 before this one"),
+        (m.Queued(re=1, run=3, position=0, phase="loading"), "⏳ loading"),
+        (m.Rebound(re=1, run=3, group="g2", reason="its group g1 died"), "⚠️ its group g1 died: it goes on with g2; the result is a true one"),
+    ],
+    ids=["in the queue", "while the model loads", "when ranks died"],
+)  # fmt: skip
+def test_waiting_is_told(said: list[str], event: Any, line: str) -> None:
+    daemon.tell(event)
+    assert said == [line]
+
+
+def test_a_model_that_has_to_be_loaded_says_how_far_it_is(service: Service, said: list[str]) -> None:
+    model = load(service)
+    daemon.client(service.endpoint).unload(group=daemon.client(service.endpoint).status().groups[0].group)
+    ksampler(model)
+    assert "⏳ loading" in said
+
+
+def test_the_status_node_tells_what_xditctl_tells(service: Service) -> None:
+    load(service)
+    text = status.describe(daemon.client(service.endpoint).status())
+    assert "✅ xditd" in text
+    assert "flux.safetensors on cpu:0 in float32" in text
+    assert "0 runs, 0 waiting" in text
+
+
+def test_nodes_of_several_threads_share_one_connection(service: Service) -> None:
+    clients: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: clients.append(daemon.client(service.endpoint))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(client) for client in clients}) == 1

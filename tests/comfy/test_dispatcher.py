@@ -1,0 +1,90 @@
+"""XDIT_DISPATCHER and the choices of the loaders. Needs no ComfyUI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from comfy_nodes.dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
+from xditd.protocol.errors import XditError
+from xditd.protocol.messages import ModelRef, PlanRequest
+
+BUILT: dict[str, Any] = {
+    "strategy": "auto",
+    "replicas": 1,
+    "scheduling": "round_robin",
+    "allow_approximate": False,
+    "fallback": False,
+}
+
+
+def dispatcher(**changes: Any) -> Dispatcher:
+    model = ModelRef(kind="checkpoints", name="flux.safetensors", size=7)
+    return Dispatcher(
+        "", **{"model": model, "plan": PlanRequest(devices=("0", "1"), strategy="USP"), **changes}
+    )
+
+
+def test_two_wishes_for_the_same_are_one() -> None:
+    """A KSampler compares its MODEL's with its XDIT_DISPATCHER, which may come out of ComfyUI's cache."""
+    assert dispatcher() == dispatcher()
+    assert dispatcher() != dispatcher(plan=PlanRequest(devices=("0",)))
+    assert dispatcher() != dispatcher(scheduling="adaptive")
+
+
+def test_a_part_of_a_checkpoint_is_on_one_of_its_devices() -> None:
+    part = dispatcher().part("vae")
+    assert (part.model.part, part.model.name, part.model.size) == ("vae", "flux.safetensors", 7)
+    assert part.plan == PlanRequest(devices=("0",))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", ()),
+        ("  ", ()),
+        ("0", ("0",)),
+        ("0,1,2,3", ("0", "1", "2", "3")),
+        ("cuda:1, cuda:0", ("cuda:1", "cuda:0")),
+        ("0\uff0c1", ("0", "1")),  # a Chinese keyboard's comma
+    ],
+)
+def test_gpu_devices_as_people_write_them(text: str, names: tuple[str, ...]) -> None:
+    assert device_names(text) == names
+
+
+@pytest.mark.parametrize("text", ["0,,1", "all", "0;1", "-1", "cuda", "gpu:0", "0,1,0", "²"])
+def test_gpu_devices_that_name_none_are_refused(text: str) -> None:
+    with pytest.raises(XditError) as refused:
+        device_names(text)
+    assert refused.value.code == "bad_device"
+
+
+def test_what_is_built_passes() -> None:
+    for strategy in ("auto", "Hybrid", "USP"):
+        refuse_unbuilt(**{**BUILT, "strategy": strategy})
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *({"strategy": strategy} for strategy in STRATEGIES[3:]),
+        *({"scheduling": scheduling} for scheduling in SCHEDULINGS[1:]),
+        {"replicas": 2},
+        {"allow_approximate": True},
+        {"fallback": True},
+    ],
+    ids=str,
+)
+def test_what_is_not_built_is_refused_aloud(choice: dict[str, Any]) -> None:
+    with pytest.raises(XditError) as refused:
+        refuse_unbuilt(**{**BUILT, **choice})
+    assert refused.value.code == "not_built"
+    assert "choose" in refused.value.message
+
+
+def test_a_choice_that_there_is_not_is_refused() -> None:
+    with pytest.raises(XditError) as refused:
+        refuse_unbuilt(**{**BUILT, "strategy": "Magic"})
+    assert refused.value.code == "bad_value"
