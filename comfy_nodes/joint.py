@@ -22,7 +22,7 @@ Wrappers = comfy.patcher_extension.WrappersMP
 Identity = tuple[tuple[Any, Any], ...]
 """The tensors of a conditioning entry, each with a trace of its contents."""
 
-SAMPLED = 4096
+SAMPLED = 256
 """Values of a tensor that are looked at between two steps."""
 
 
