@@ -51,6 +51,7 @@ LAZILY: dict[str, set[str]] = {
     "catalog/extra_paths.py": {"yaml"},
     "cli/doctor/compute.py": {"pynvml"},
     "cli/doctor/probe.py": {"torch"},  # a process of its own
+    "daemon/__main__.py": {"uvloop"},
     "daemon/devices.py": {"pynvml"},
 }
 """By file: what it may import besides, inside a function, since it is not there in every installation."""
