@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.patcher_extension
 import torch
 
@@ -13,7 +15,10 @@ from xditd.client import Run
 from xditd.protocol.errors import Code, XditError
 
 from . import daemon
+from .joint import INSIDE, NAME, foreign
 from .patcher import remote
+
+Wrappers = comfy.patcher_extension.WrappersMP
 
 LOOPS = ("euler", "heun", "dpmpp_2m", "ddim")
 """Samplers that the daemon has and that give ComfyUI's numbers."""
@@ -22,10 +27,16 @@ OF_AN_ENTRY = frozenset({"model_conds", "uuid", "cross_attn", "pooled_output", "
 """What a conditioning may carry that changes nothing in how it is applied."""
 
 
+WITHIN_A_STEP = ("sampler_", "model_function", "denoise_mask_function", "context_handler")
+"""How the model options begin that are called within a step."""
+
+KINDS = (*INSIDE, Wrappers.PREDICT_NOISE, Wrappers.SAMPLER_SAMPLE)
+
+
 def in_daemon(model: Any) -> Any:
     """A clone of a MODEL whose sampler runs in the daemon; all around it stays ComfyUI's."""
     clone = model.clone()
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "xditd", _sample)
+    clone.add_wrapper_with_key(Wrappers.SAMPLER_SAMPLE, NAME, _sample)
     return clone
 
 
@@ -44,10 +55,10 @@ def _sample(
     sampling = leaf.current
     assert sampling is not None  # the outer sampling is ours
     name = _name_of(execute.class_obj)
-    _refuse(extra_args["model_options"], denoise_mask)
-    guided = not _is_one(guider.cfg)
-    positive = _put(leaf, sampling, guider, "positive", noise)
-    negative = _put(leaf, sampling, guider, "negative", noise) if guided else None
+    options = extra_args["model_options"]
+    _refuse(guider, sigmas, options, denoise_mask)
+    entries = ("positive",) if math.isclose(guider.cfg, 1.0) else ("positive", "negative")
+    positive, negative = (*(_put(leaf, sampling, guider, name, noise, options) for name in entries), None)[:2]
     shown: list[torch.Tensor] = [torch.zeros_like(noise)]
 
     def progress(step: int, total: int, sigma: float, x0: torch.Tensor | None) -> None:
@@ -87,14 +98,18 @@ def _name_of(sampler: Any) -> str:
     return name
 
 
-def _refuse(model_options: dict[str, Any], denoise_mask: Any) -> None:
-    strange = [
-        name
-        for name in model_options
-        if name.startswith(("sampler_", "model_function", "denoise_mask_function"))
-    ]
+def _refuse(guider: Any, sigmas: torch.Tensor, model_options: dict[str, Any], denoise_mask: Any) -> None:
+    """Refuses what would be called within ComfyUI's loop and is not in the daemon's."""
+    strange = [name for name in model_options if name.startswith(WITHIN_A_STEP)]
     if denoise_mask is not None:
         strange.append("a noise mask")
+    if foreign(model_options, KINDS):
+        strange.append("another node's code within a step")
+    sampling = guider.inner_model.model_sampling
+    if not isinstance(sampling, comfy.model_sampling.CONST) or not torch.equal(
+        sampling.timestep(sigmas), sigmas
+    ):
+        strange.append("a model sampling other than the family's own")
     if strange:
         raise XditError(
             Code.BAD_VALUE,
@@ -102,7 +117,9 @@ def _refuse(model_options: dict[str, Any], denoise_mask: Any) -> None:
         )
 
 
-def _put(leaf: Any, sampling: Any, guider: Any, name: str, noise: torch.Tensor) -> str:
+def _put(
+    leaf: Any, sampling: Any, guider: Any, name: str, noise: torch.Tensor, model_options: dict[str, Any]
+) -> str:
     """Puts a guider's conditioning, which must be one that holds everywhere and always."""
     entries = guider.conds.get(name) or []
     strange = sorted(
@@ -122,14 +139,10 @@ def _put(leaf: Any, sampling: Any, guider: Any, name: str, noise: torch.Tensor) 
         for key, value in entries[0]["model_conds"].items()
     }
     inputs["context"] = inputs.pop("c_crossattn", None)
-    leaf.refuse({}, inputs)
+    leaf.refuse(model_options.get("transformer_options", {}), inputs)
     cast = {
         key: None if value is None else comfy.model_management.cast_to_device(value, value.device, leaf.dtype)
         for key, value in inputs.items()
     }
     tensors, values = leaf.family.conditioning(cast, leaf.info)
     return str(sampling.key(name, tensors, values, known=False))
-
-
-def _is_one(cfg: float) -> bool:
-    return abs(cfg - 1.0) <= 1e-9

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 Wrappers = comfy.patcher_extension.WrappersMP
 
+NAME = "xditd"
+"""Of our own wrappers."""
+
+INSIDE = (Wrappers.APPLY_MODEL, Wrappers.DIFFUSION_MODEL, Wrappers.CALC_COND_BATCH)
+"""Kinds of wrappers that run within a step."""
+
 Identity = tuple[tuple[Any, Any], ...]
 """The tensors of a conditioning entry, each with a trace of its contents."""
 
@@ -43,7 +49,7 @@ class Joint:
     def step(self, execute: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """One `calc_cond_batch`: (model, conds, x, timestep, model_options)."""
         _model, conds, _, _, model_options = arguments
-        if _strangers(model_options):
+        if foreign(model_options, INSIDE):  # it may change what a call is given, and not bear to run twice
             return execute(*arguments)
         with self._looking_at(conds):
             if not _several(conds):
@@ -67,6 +73,10 @@ class Joint:
             return [torch.zeros_like(item.x) for item in items]
         if self._answers is not None:
             given, self._answers = self._answers[: len(items)], self._answers[len(items) :]
+            if len(given) < len(items):
+                raise RuntimeError(
+                    "ComfyUI called the model otherwise the second time it went through a step."
+                )
             return given
         return None
 
@@ -126,11 +136,10 @@ def _several(conds: Sequence[Any]) -> bool:
     return len(shapes) > 1
 
 
-def _strangers(model_options: dict[str, Any]) -> bool:
-    """Whether somebody else's code runs within a step: it may change what a call is given, and not bear to run twice."""
+def foreign(model_options: dict[str, Any], kinds: Sequence[str]) -> bool:
+    """Whether another's wrapper of these kinds is there, or a callback, or a function around the model."""
     options = model_options.get("transformer_options", {})
-    inside = (Wrappers.APPLY_MODEL, Wrappers.DIFFUSION_MODEL, Wrappers.CALC_COND_BATCH)
-    ours = 1  # of CALC_COND_BATCH
-    others = sum(len(comfy.patcher_extension.get_all_wrappers(kind, options)) for kind in inside) - ours
+    wrappers = options.get("wrappers", {})
+    strange = any(found for kind in kinds for name, found in wrappers.get(kind, {}).items() if name != NAME)
     callbacks = any(any(entries.values()) for entries in options.get("callbacks", {}).values())
-    return others > 0 or callbacks or "model_function_wrapper" in model_options
+    return strange or callbacks or "model_function_wrapper" in model_options

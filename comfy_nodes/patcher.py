@@ -14,9 +14,9 @@ from xditd.protocol.messages import Loaded
 
 from .dispatcher import Dispatcher
 from .families import family
+from .joint import NAME
 from .transformer import RemoteTransformer
 
-NAME = "xditd"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

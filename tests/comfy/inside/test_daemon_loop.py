@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_base
+import comfy.patcher_extension
 import nodes
 import pytest
 import torch
@@ -92,4 +94,32 @@ def test_somebodys_own_guidance_is_refused(model: Any) -> None:
     clone = in_daemon(model)
     clone.set_model_sampler_cfg_function(lambda args: args["cond"])
     with pytest.raises(XditError, match="sampler_cfg_function"):
+        sample(clone)
+
+
+@pytest.mark.parametrize("kind", ["APPLY_MODEL", "PREDICT_NOISE", "SAMPLER_SAMPLE"])
+def test_another_nodes_wrapper_is_refused_and_not_passed_over(model: Any, kind: str) -> None:
+    clone = in_daemon(model)
+    clone.add_wrapper_with_key(
+        getattr(comfy.patcher_extension.WrappersMP, kind), "other", lambda execute, *a, **k: execute(*a, **k)
+    )
+    with pytest.raises(XditError, match="another node"):
+        sample(clone)
+
+
+def test_a_patch_is_refused(model: Any) -> None:
+    clone = in_daemon(model)
+    clone.model_options["transformer_options"]["patches"] = {"attn1_patch": [lambda *a: a]}
+    with pytest.raises(XditError, match="attn1_patch"):
+        sample(clone)
+
+
+def test_a_schedule_of_another_kind_is_refused(model: Any) -> None:
+    """A model sampling that gives the transformer other times than sigma."""
+    clone = in_daemon(model)
+    clone.add_object_patch(
+        "model_sampling",
+        comfy.model_base.model_sampling(model.model.model_config, comfy.model_base.ModelType.FLOW),
+    )
+    with pytest.raises(XditError, match="model sampling"):
         sample(clone)
