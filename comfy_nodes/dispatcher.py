@@ -77,7 +77,7 @@ def refuse_unbuilt(
         if chosen not in choices:
             raise XditError(Code.BAD_VALUE, f"There is no {chosen!r}; choose {', '.join(choices)}.")
     unbuilt: Sequence[tuple[bool, str, str]] = (
-        (strategy in ("PipeFusion", "CFG", "Tensor"), f"the strategy {strategy}", "auto, Hybrid or USP"),
+        (strategy in ("PipeFusion", "Tensor"), f"the strategy {strategy}", "auto, Hybrid, USP or CFG"),
         (replicas > 1, f"{replicas} replicas", "1"),
         (scheduling != SCHEDULINGS[0], f"scheduling {scheduling}", SCHEDULINGS[0]),
         (

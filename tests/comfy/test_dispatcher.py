@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from comfy_nodes.dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
+from comfy_nodes.dispatcher import SCHEDULINGS, Dispatcher, device_names, refuse_unbuilt
 from xditd.protocol.errors import XditError
 from xditd.protocol.messages import ModelRef, PlanRequest
 
@@ -62,14 +62,15 @@ def test_gpu_devices_that_name_none_are_refused(text: str) -> None:
 
 
 def test_what_is_built_passes() -> None:
-    for strategy in ("auto", "Hybrid", "USP"):
+    for strategy in ("auto", "Hybrid", "USP", "CFG"):
         refuse_unbuilt(**{**BUILT, "strategy": strategy})
 
 
 @pytest.mark.parametrize(
     "choice",
     [
-        *({"strategy": strategy} for strategy in STRATEGIES[3:]),
+        {"strategy": "PipeFusion"},
+        {"strategy": "Tensor"},
         *({"scheduling": scheduling} for scheduling in SCHEDULINGS[1:]),
         {"replicas": 2},
         {"allow_approximate": True},

@@ -74,6 +74,18 @@ def test_degrees_alone_take_as_many_devices_as_they_need():
     assert degrees(made) == (2, 2)
 
 
+def test_cfg_computes_cond_and_uncond_side_by_side_and_splits_each_by_its_sequence():
+    pair = plan(m.PlanRequest(strategy="CFG", devices=("0", "1")), flux(), GPUS)
+    assert (pair.cfg, *degrees(pair)) == (2, 1, 1)
+    four = plan(m.PlanRequest(strategy="CFG", devices=("0", "1", "2", "3")), flux(), GPUS)
+    assert (four.cfg, *degrees(four)) == (2, 2, 1)
+    assert "side by side" in four.reason
+
+
+def test_cfg_is_never_chosen_by_itself():
+    assert plan(m.PlanRequest(devices=("0", "1")), flux(), GPUS).cfg == 1
+
+
 def test_a_degree_left_open_is_filled():
     assert degrees(plan(m.PlanRequest(ring=2, devices=("0", "1", "2", "3")), flux(), GPUS)) == (2, 2)
     assert degrees(plan(m.PlanRequest(ulysses=2, devices=("0", "1", "2", "3")), flux(), GPUS)) == (2, 2)
@@ -90,7 +102,9 @@ def test_a_degree_left_open_is_filled():
         (m.PlanRequest(devices=("1", "cuda:1")), "bad_device", "twice"),
         (m.PlanRequest(strategy="PipeFusion"), "not_built", "USP"),
         (m.PlanRequest(strategy="magic"), "bad_plan", "auto"),
-        (m.PlanRequest(cfg=2, devices=("0", "1")), "not_built", ""),
+        (m.PlanRequest(tensor=2, devices=("0", "1")), "not_built", ""),
+        (m.PlanRequest(strategy="CFG", devices=("0",)), "bad_plan", "cfg 2 makes 2, but 1 device"),
+        (m.PlanRequest(strategy="CFG", devices=("0", "1", "2")), "bad_plan", "cfg 2 makes 2, but 3 devices"),
         (m.PlanRequest(ulysses=1, ring=1, devices=("0", "1")), "bad_plan", "leave a degree open"),
     ],
 )

@@ -182,6 +182,7 @@ def running(
     path: str | os.PathLike[str] = "",
     family: str = "flux",
     part: str = "transformer",
+    cfg: int = 1,
     ulysses: int = 1,
     ring: int = 1,
     dtype: str = "float32",
@@ -193,7 +194,7 @@ def running(
     plan: Mapping[str, int] | None = None,
 ) -> Iterator[Ranks]:
     """Ranks of one plan, ready unless `wait` is false."""
-    world = ulysses * ring
+    world = cfg * ulysses * ring
     folder.mkdir(parents=True, exist_ok=True)
     devices = tuple(f"{device}:{i}" for i in range(world))
     specs = [
@@ -203,7 +204,7 @@ def running(
             rank=rank,
             world=world,
             device=devices[rank],
-            plan=Plan(devices=devices, ulysses=ulysses, ring=ring, **(plan or {})),
+            plan=Plan(devices=devices, cfg=cfg, ulysses=ulysses, ring=ring, **(plan or {})),
             endpoint=f"ipc://{folder}/ranks",
             store=f"file://{folder}/store",
             parent=parent or os.getpid(),

@@ -27,18 +27,26 @@ World = tuple[str, Ranks, Reference]
 
 
 # A ring of 3 as well: with 2, the block before and the block after are the same.
-WORLDS = {"ulysses2": (2, 1), "ring2": (1, 2), "ulysses2-ring2": (2, 2), "ring3": (1, 3)}
+# (cfg, ulysses, ring)
+WORLDS = {
+    "ulysses2": (1, 2, 1),
+    "ring2": (1, 1, 2),
+    "ulysses2-ring2": (1, 2, 2),
+    "ring3": (1, 1, 3),
+    "cfg2": (2, 1, 1),
+    "cfg2-ulysses2": (2, 2, 1),
+}
 
 
 @pytest.fixture(scope="module", params=WORLDS.values(), ids=WORLDS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    ulysses, ring = request.param
+    cfg, ulysses, ring = request.param
     folder: Path = tmp_path_factory.mktemp("w")
     path = make_flux(folder / "flux.safetensors", **SHAPE, dtype=torch.float32)
-    with running(folder, path=path, ulysses=ulysses, ring=ring, wait=False) as ranks:
+    with running(folder, path=path, cfg=cfg, ulysses=ulysses, ring=ring, wait=False) as ranks:
         reference = Reference(path, flux_facts(**SHAPE))  # while they start
         ranks.ready()
-        yield f"ulysses {ulysses} × ring {ring}", ranks, reference
+        yield f"cfg {cfg} × ulysses {ulysses} × ring {ring}", ranks, reference
 
 
 def conditioning(text: int, batch: int = 1) -> dict[str, torch.Tensor]:
@@ -108,6 +116,53 @@ def test_a_world_samples_as_one_process_does(world: World, capsys: pytest.Captur
         figures = ", ".join(f"{text} with {h}×{w}: {figure:.1e}" for text, (h, w), figure in shown)
         print(f"\n  sample (euler, 4 steps), {name}: text {figures}")
     assert max(figure for _, _, figure in shown) < TOLERANCE
+
+
+def test_calls_of_one_turn_are_each_computed_right(world: World) -> None:
+    """Cond and uncond of a step, texts of two lengths; and a third call, which two groups do not share out evenly."""
+    _, ranks, reference = world
+    texts = {"positive": conditioning(31), "negative": conditioning(15), "third": conditioning(77)}
+    for key, given in texts.items():
+        ranks.condition(4, key, given, guidance=GUIDANCE)
+    latents = [latent((18, 22), seed=seed) for seed in range(3)]
+    described, frames = framed(latents)
+    for count in (1, 2, 3):
+        items = tuple(
+            DenoiseItem(x=x, t=(0.6,), conditioning=key)
+            for x, key in zip(described[:count], texts, strict=False)
+        )
+        _, predictions = ranks.turn(orders.TurnDenoise(order=20 + count, run=4, items=items), *frames[:count])
+        for x, given, prediction in zip(latents, texts.values(), predictions, strict=False):
+            assert error(prediction, reference.predict(x, 0.6, **given, guidance=GUIDANCE)) < TOLERANCE
+    ranks.send(orders.ForgetRun(run=4))
+
+
+def test_a_guided_sample_is_right(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    name, ranks, reference = world
+    positive, negative, noise, scale = conditioning(31), conditioning(15), latent((18, 22)), 3.0
+    ranks.condition(5, "p", positive, guidance=GUIDANCE)
+    ranks.condition(5, "n", negative, guidance=GUIDANCE)
+    (described,), frames = framed([noise])
+    sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
+    ranks.send(
+        orders.BeginSample(
+            run=5, sampler="euler", sigmas=tuple(sigmas), noise=described, latent=None, conditioning="p",
+            negative="n", cfg=scale, out=None, previews=(), preview_frames=False,
+        ),
+        *frames,
+    )  # fmt: skip
+    for step in range(4):
+        _, outputs = ranks.turn(orders.TurnSample(order=30 + step, run=5, step=step))
+
+    def guided(x: torch.Tensor, t: float) -> torch.Tensor:
+        cond, uncond = (reference.predict(x, t, **given, guidance=GUIDANCE) for given in (positive, negative))
+        return uncond + (cond - uncond) * scale
+
+    figure = error(outputs[0], euler(guided, sigmas, noise))
+    ranks.send(orders.ForgetRun(run=5))
+    with capsys.disabled():
+        print(f"\n  guided sample (euler, 4 steps, scale {scale:g}), {name}: {figure:.1e}")
+    assert figure < TOLERANCE
 
 
 def test_a_batch_with_its_own_times_and_texts_is_right(world: World) -> None:

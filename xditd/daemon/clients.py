@@ -32,7 +32,7 @@ from xditd.protocol.errors import Code, XditError
 log = logging.getLogger("xditd.clients")
 
 CAPABILITIES = (
-    "flux", "autoencoder_kl", "clip", "t5", "ulysses", "ring", "sample", "encode_text", "frames", "shared_memory", "lane",
+    "flux", "autoencoder_kl", "clip", "t5", "ulysses", "ring", "cfg", "sample", "encode_text", "frames", "shared_memory", "lane",
 )  # fmt: skip
 """What a client may count on, beyond the protocol's version."""
 

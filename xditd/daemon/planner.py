@@ -1,7 +1,8 @@
 """From what was asked to how the model runs: a plan, or a refusal that says what would work.
 
 Pure: it is told the model's facts and the names of the devices. The choice is exact only: sequence parallelism
-(USP), ulysses as far as the heads divide and ring for the rest; a VAE or a text encoder takes one device.
+(USP), ulysses as far as the heads divide and ring for the rest, and by itself never cfg, since whether a sampling is
+guided is not known when its model is loaded; a VAE or a text encoder takes one device.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from xditd.catalog.families import family
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
 
-EXACT = ("auto", "usp", "hybrid")
-"""Strategies that this version builds, in lower case; all of them mean sequence parallelism for now."""
+EXACT = ("auto", "usp", "hybrid", "cfg")
+"""Strategies that this version builds, in lower case. All but cfg mean sequence parallelism for now."""
 
-LATER = ("cfg", "pipefusion", "tensor")
+LATER = ("pipefusion", "tensor")
+
+GUIDED = 2
+"""Calls of a step with classifier-free guidance: the degree of the strategy cfg, unless another is named."""
 
 
 def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
@@ -33,7 +37,7 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
     if strategy in LATER:
         raise XditError(
             Code.NOT_BUILT,
-            f"Strategy {request.strategy} is not built in this version; auto, USP and Hybrid (exact) are.",
+            f"Strategy {request.strategy} is not built in this version; auto, USP, CFG and Hybrid (exact) are.",
         )
     if strategy not in EXACT:
         raise XditError(
@@ -45,6 +49,8 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
         for name in ("cfg", "ulysses", "ring", "pipefusion", "tensor")
         if getattr(request, name)
     }
+    if strategy == "cfg":
+        given.setdefault("cfg", GUIDED)
     product = math.prod(given.values())
     single = not family(info.family).parallel
     devices = _devices(request.devices, owned, wanted=product if given else (1 if single else len(owned)))
@@ -112,6 +118,8 @@ def _spell(degrees: dict[str, int]) -> str:
 def _reason(request: PlanRequest, degrees: dict[str, int], info: ModelInfo, devices: int) -> str:
     if devices == 1:
         return "one device"
+    if degrees.get("cfg", 1) > 1:
+        return "exact; cond and uncond side by side, where the cfg scale is not 1"
     if all(getattr(request, name) for name in degrees):
         return "as asked"
     heads = info.facts.get("heads", 1)

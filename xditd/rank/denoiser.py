@@ -16,6 +16,7 @@ from xditd.protocol import orders
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import DenoiseItem
 from xditd.rank.answers import Answer, Handlers
+from xditd.rank.cfg import Call, CfgParallel
 from xditd.rank.device import Device
 from xditd.rank.places import Frames
 from xditd.rank.sampling import Sampling
@@ -30,14 +31,23 @@ class Denoiser:
         transfer: of this rank's tensors.
         device: this rank's.
         attention: the kernel's name.
+        cfg: who computes which call of a turn; None computes all here.
     """
 
-    def __init__(self, network: Transformer, transfer: Transfer, device: Device, attention: str) -> None:
+    def __init__(
+        self,
+        network: Transformer,
+        transfer: Transfer,
+        device: Device,
+        attention: str,
+        cfg: CfgParallel | None = None,
+    ) -> None:
         self.attention = attention
         self.device_memory = device.memory
         self.usable = device.usable
         self._network = network
         self._transfer = transfer
+        self._cfg = cfg or CfgParallel(1, 0, 1, transfer.device)
         self._conditionings: dict[int, dict[str, Any]] = {}
         self._samplings: dict[int, tuple[orders.BeginSample, Sampling]] = {}
         self.handlers: Handlers = {
@@ -57,9 +67,12 @@ class Denoiser:
         self._conditionings.setdefault(order.run, {})[order.key] = conditioning
 
     def denoise(self, order: orders.TurnDenoise, frames: Frames) -> Answer:
-        results = [(self._predict(order.run, item, frames), item.out, item.x.dtype) for item in order.items]
-        outputs, inline = self._transfer.deliver(results, frames)
-        return Answer(outputs, inline)
+        predictions = self._cfg.run([self._item(order.run, item, frames) for item in order.items])
+        results = [
+            (prediction, item.out, item.x.dtype)
+            for prediction, item in zip(predictions, order.items, strict=True)
+        ]
+        return Answer(*self._transfer.deliver(results, frames))
 
     def begin_sample(self, order: orders.BeginSample, frames: Frames) -> None:
         positive = self._conditioning(order.run, order.conditioning)
@@ -95,7 +108,7 @@ class Denoiser:
         self._conditionings.pop(order.run, None)
         self._samplings.pop(order.run, None)
 
-    def _predict(self, run: int, item: DenoiseItem, frames: Frames) -> torch.Tensor:
+    def _item(self, run: int, item: DenoiseItem, frames: Frames) -> Call:
         conditioning = self._conditioning(run, item.conditioning)
         x = self._transfer.receive(item.x, frames)
         batch = x.shape[0]
@@ -103,21 +116,19 @@ class Denoiser:
             t = torch.full((batch,), item.t[0], dtype=torch.float32, device=x.device)
         else:
             t = torch.tensor(item.t, dtype=torch.float32).to(x.device)
-        return self._network.predict(x, t, conditioning)
+        return self._call(x, t, conditioning)
+
+    def _call(self, x: torch.Tensor, t: torch.Tensor, conditioning: Any) -> Call:
+        return Call(partial(self._network.predict, x, t, conditioning), tuple(x.shape), self._network.dtype)
 
     def _guided(
         self, positive: Any, negative: Any, cfg: float, x: torch.Tensor, sigma: torch.Tensor
     ) -> torch.Tensor:
         """x0 with classifier-free guidance, in which a cfg of 1 needs no negative."""
-        denoised = self._denoised(positive, x, sigma)
-        if negative is None:
-            return denoised
-        without = self._denoised(negative, x, sigma)
-        return without + (denoised - without) * cfg
-
-    def _denoised(self, conditioning: Any, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        velocity = self._network.predict(x, sigma.expand(x.shape[0]), conditioning)
-        return x - velocity.float() * sigma
+        conditionings = [positive] if negative is None else [positive, negative]
+        calls = [self._call(x, sigma.expand(x.shape[0]), each) for each in conditionings]
+        denoised, *without = (x - velocity.float() * sigma for velocity in self._cfg.run(calls))
+        return without[0] + (denoised - without[0]) * cfg if without else denoised
 
     def _conditioning(self, run: int, key: str) -> Any:
         conditioning = self._conditionings.get(run, {}).get(key)

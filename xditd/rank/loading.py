@@ -54,6 +54,7 @@ def load(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
 def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
     from xditd.models.families import load as load_network
     from xditd.rank import attention
+    from xditd.rank.cfg import CfgParallel
     from xditd.rank.denoiser import Denoiser
     from xditd.rank.device import Device
     from xditd.rank.transfer import DTYPES, Transfer
@@ -61,7 +62,7 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     device, dtype = Device(spec.device), DTYPES[spec.dtype]
     kernel = attention.choose(device.torch, dtype)
     world: Any = None
-    if spec.world > 1:
+    if spec.plan.ulysses * spec.plan.ring > 1:
         from xditd.rank import xfuser_seam
         from xditd.rank.parallel import SequenceParallel
 
@@ -74,8 +75,11 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
             store=spec.store,
             ulysses=spec.plan.ulysses,
             ring=spec.plan.ring,
+            cfg=spec.plan.cfg,
             attention=kernel.xfuser,
         )
+    elif spec.world > 1:
+        _meet(spec, device.is_cuda, tell)
     tell("loading")
     faults.at_load()
     network = load_network(spec.family, spec.path, spec.part, device.torch, dtype)
@@ -91,7 +95,9 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         if spec.compile and device.is_cuda:
             # By block, so that 57 of them cost two; dynamic, so that a new size costs a fifth of a second.
             network.backbone.compile_repeated_blocks(fullgraph=True, dynamic=True)
-    return Denoiser(network, Transfer(device.torch, spec.rank, spec.world, places), device, kernel.name)
+    cfg = CfgParallel(spec.plan.cfg, spec.rank, spec.world, device.torch)
+    transfer = Transfer(device.torch, spec.rank, spec.world, places)
+    return Denoiser(network, transfer, device, kernel.name, cfg)
 
 
 def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
@@ -103,13 +109,7 @@ def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
 
     device = Device(spec.device)
     if spec.world > 1:
-        import torch.distributed
-
-        tell("joining")
-        backend = "nccl" if device.is_cuda else "gloo"
-        torch.distributed.init_process_group(
-            backend, init_method=spec.store, world_size=spec.world, rank=spec.rank
-        )
+        _meet(spec, device.is_cuda, tell)
     tell("loading")
     faults.at_load()
     network = load_network(spec.family, spec.path, spec.part, device.torch, DTYPES[spec.dtype])
@@ -121,18 +121,28 @@ def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
     return Vae(network, transfer, device, "native")
 
 
+def _meet(spec: RankSpec, is_cuda: bool, tell: Tell) -> None:
+    """Meets the other ranks without xfuser, where no sequence is split."""
+    import torch.distributed
+
+    tell("joining")
+    torch.distributed.init_process_group(
+        "nccl" if is_cuda else "gloo", init_method=spec.store, world_size=spec.world, rank=spec.rank
+    )
+
+
 def _check(spec: RankSpec) -> None:
     """Refuses what this version does not do. The daemon's planner does so first; this is the last line."""
     plan: Plan = spec.plan
-    unbuilt = [name for name in ("cfg", "pipefusion", "tensor") if getattr(plan, name) != 1]
+    unbuilt = [name for name in ("pipefusion", "tensor") if getattr(plan, name) != 1]
     if unbuilt:
         raise XditError(
-            Code.NOT_BUILT, f"A plan with {', '.join(unbuilt)} is not built; ulysses and ring are."
+            Code.NOT_BUILT, f"A plan with {', '.join(unbuilt)} is not built; cfg, ulysses and ring are."
         )
-    if spec.part == "transformer" and plan.ulysses * plan.ring != spec.world:
+    if spec.part == "transformer" and plan.cfg * plan.ulysses * plan.ring != spec.world:
         raise XditError(
             Code.BAD_PLAN,
-            f"ulysses {plan.ulysses} × ring {plan.ring} is not the world of {spec.world} ranks.",
+            f"cfg {plan.cfg} × ulysses {plan.ulysses} × ring {plan.ring} is not the world of {spec.world} ranks.",
         )
 
 

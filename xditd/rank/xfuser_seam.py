@@ -51,7 +51,8 @@ Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 class World:
     """This rank's place in a sequence-parallel world. One in a process: xfuser keeps its state in modules."""
 
-    def __init__(self, ulysses: int, ring: int, attention: str, group: Any) -> None:
+    def __init__(self, ulysses: int, ring: int, attention: str, group: Any, cfg: int = 1) -> None:
+        self.cfg = cfg
         self.ulysses = ulysses
         self.ring = ring
         self.rank: int = group.rank_in_group
@@ -69,7 +70,7 @@ class World:
                 Code.BAD_PLAN,
                 f"ulysses {self.ulysses} does not divide the model's {heads} heads; ring takes any degree.",
             )
-        _start_runtime(self.ulysses, self.ring, heads, self._attention)
+        _start_runtime(self.ulysses, self.ring, self.cfg, heads, self._attention)
         register = importlib.import_module("xfuser.model_executor.models.transformers.register")
         wrapper: nn.Module = register.xFuserTransformerWrappersRegister.get_wrapper(backbone)(backbone)
         return wrapper
@@ -115,7 +116,15 @@ def enter(device: torch.device) -> None:
 
 
 def join(
-    *, device: torch.device, rank: int, world: int, store: str, ulysses: int, ring: int, attention: str
+    *,
+    device: torch.device,
+    rank: int,
+    world: int,
+    store: str,
+    ulysses: int,
+    ring: int,
+    attention: str,
+    cfg: int = 1,
 ) -> World:
     """Meets the other ranks; `enter` comes before. Blocks until all have come.
 
@@ -124,15 +133,21 @@ def join(
         rank: of this process.
         world: how many there are.
         store: "file:///…", the same for all and fresh.
-        ulysses, ring: degrees, whose product is `world`.
+        ulysses, ring, cfg: degrees, whose product is `world`; ranks of one cfg group are neighbours.
         attention: xfuser's name of a kernel that returns its log-sum-exp.
     """
     state = importlib.import_module("xfuser.core.distributed.parallel_state")
     state.init_distributed_environment(
         world_size=world, rank=rank, distributed_init_method=store, local_rank=device.index or 0
     )
-    state.initialize_model_parallel(sequence_parallel_degree=world, ulysses_degree=ulysses, ring_degree=ring)
-    return World(ulysses, ring, attention, state.get_sp_group())
+    # xfuser's own cfg degree is 1 or 2; to its groups data parallelism is the same, of any degree.
+    state.initialize_model_parallel(
+        data_parallel_degree=cfg,
+        sequence_parallel_degree=ulysses * ring,
+        ulysses_degree=ulysses,
+        ring_degree=ring,
+    )
+    return World(ulysses, ring, attention, state.get_sp_group(), cfg)
 
 
 def _bare(name: str) -> None:
@@ -158,16 +173,16 @@ def _pretend_no_gpu(envs: ModuleType) -> None:
     patched.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
 
 
-def _start_runtime(ulysses: int, ring: int, heads: int, attention: str) -> None:
+def _start_runtime(ulysses: int, ring: int, cfg: int, heads: int, attention: str) -> None:
     """xfuser's runtime state. It asks a pipeline for a few numbers of its transformer; PipeFusion alone uses most."""
     config = importlib.import_module("xfuser.config.config")
     runtime = importlib.import_module("xfuser.core.distributed.runtime_state")
-    world = ulysses * ring
+    world = ulysses * ring * cfg
     engine = config.EngineConfig(
         model_config=config.ModelConfig(model=""),
         runtime_config=config.RuntimeConfig(attention_backend=attention),
         parallel_config=config.ParallelConfig(
-            dp_config=config.DataParallelConfig(dit_parallel_size=world),
+            dp_config=config.DataParallelConfig(dp_degree=cfg, dit_parallel_size=world),
             sp_config=config.SequenceParallelConfig(
                 ulysses_degree=ulysses, ring_degree=ring, dit_parallel_size=world
             ),

@@ -116,7 +116,7 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:
-    inputs.check_degrees_built(label, plan, ("ulysses", "ring"))
+    inputs.check_degrees_built(label, plan, ("cfg", "ulysses", "ring"))
     heads = info.facts["heads"]
     if heads % plan.ulysses:
         works = [str(degree) for degree in range(1, heads + 1) if heads % degree == 0]
