@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,15 @@ def test_a_dispatcher_of_another_loader_is_refused(comfy: Comfy) -> None:
     sampler["inputs"]["dispatcher"] = ["other", 1]
     outcome = comfy.run(prompt)
     assert "same loader" in outcome.error["exception_message"]
+
+
+def test_stock_loaders_are_offered_ours_where_comfyui_has_such_offers(comfy: Comfy) -> None:
+    try:
+        offers = comfy.get("node_replacements")
+    except urllib.error.HTTPError:
+        pytest.skip("this ComfyUI has no node replacements")
+    assert [offer["new_node_id"] for offer in offers["UNETLoader"]] == ["XDiTUNETLoader"]
+    assert {"CheckpointLoaderSimple", "VAELoader", "DualCLIPLoader"} <= set(offers)
 
 
 def test_the_status_node_shows_the_daemon(comfy: Comfy) -> None:

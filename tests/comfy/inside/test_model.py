@@ -54,6 +54,13 @@ def test_a_ksampler_gives_the_local_latent(remote: Any, local: Any) -> None:
     assert torch.equal(ksampler(remote), ksampler(local))
 
 
+def test_a_picture_out_of_a_batch_has_its_own_noise(remote: Any, local: Any) -> None:
+    """LatentFromBatch keeps which of the batch it was."""
+    picked = {**latent(batch=2), "batch_index": [0, 3]}
+    assert torch.equal(ksampler(remote, latent=picked), ksampler(local, latent=picked))
+    assert not torch.equal(ksampler(remote, latent=picked), ksampler(remote, latent=latent(batch=2)))
+
+
 @pytest.mark.parametrize("guider", ["BasicGuider", "CFGGuider", "DualCFGGuider"])
 def test_any_guider_gives_the_local_latent(remote: Any, local: Any, guider: str) -> None:
     custom = nodes_custom_sampler
