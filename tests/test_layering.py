@@ -53,6 +53,7 @@ LAZILY: dict[str, set[str]] = {
     "cli/doctor/probe.py": {"torch"},  # a process of its own
     "daemon/__main__.py": {"uvloop"},
     "daemon/devices.py": {"pynvml"},
+    "daemon/gauges.py": {"pynvml"},
 }
 """By file: what it may import besides, inside a function, since it is not there in every installation."""
 

@@ -9,6 +9,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from msgspec.structs import replace
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -40,7 +41,7 @@ def test_status_shows_everything_a_person_looks_for(ask):
     result = ask("status")
     assert result.exit_code == 0
     for word in [
-        "serving", "4242", "cuda:0", "NVIDIA H200", "41.0 of 140 GiB", "54 °C", "612 W", "97 %",
+        "serving", "4242", "cuda:0", "NVIDIA H200", "41.0 of 140 GiB", "54 °C", "612 of 700 W", "97 %", "power cap",
         "flux/flux1-dev.safetensors", "ulysses 2 on cuda:0, cuda:1", "24 heads divide by 2", "284 turns",
         "generation 2", "5000", "5001", "24.0 GiB", "flash", "Rank 0 ran out of memory",
         "12 of 28", "a [red] fox", "moved 1 time", "queued (1.)", "ComfyUI 0.3.64", "128 MiB of 16.0 GiB",
@@ -65,6 +66,25 @@ def drawn(report: StatusReport, width: int) -> str:
 def test_figures_that_no_device_tells_have_no_column():
     devices = tuple(reports.report().devices[1:])
     assert "temp" not in drawn(reports.report(devices=devices), 100)
+
+
+def test_status_tells_what_connects_the_gpus():
+    text = drawn(reports.report(), 160)
+    assert "cuda:0: NVLink 4, 17 of 18 links up, 26.6 GB/s each way on each, to switch (17)" in text
+    assert "cuda:1: no NVLink" in text
+
+
+def test_a_gpu_without_a_figure_has_a_dash_beside_one_that_tells_it():
+    row = next(
+        line for line in drawn(reports.report(), 160).splitlines() if line.strip().startswith("cuda:1")
+    )
+    assert row.count("–") == 4, "no temperature, power, load or reasons"
+
+
+def test_old_figures_say_so():
+    devices = tuple(replace(device, age=93.0) for device in reports.report().devices)
+    assert "1 min 33 s old: the driver does not answer" in drawn(reports.report(devices=devices), 120)
+    assert "old" not in drawn(reports.report(), 120)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

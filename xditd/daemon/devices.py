@@ -1,4 +1,4 @@
-"""The devices that the daemon owns, and what the hardware tells of them. Without torch: NVML for GPUs, psutil for a CPU.
+"""The devices that the daemon owns, without torch: as NVML lists GPUs, or ranks on a CPU. `gauges` tells their figures.
 
 GPUs are named by their index in PCI order, the order of nvidia-smi; ranks are started with
 CUDA_DEVICE_ORDER=PCI_BUS_ID so that "cuda:1" is the same card here, there and in ComfyUI.
@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import DeviceStatus
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +54,6 @@ def own(kind: str, use: Sequence[str], cpu_ranks: int) -> list[Device]:
     return [Device(f"cpu:{index}", "CPU") for index in range(cpu_ranks)]
 
 
-def status(devices: Sequence[Device], busy: set[str]) -> tuple[DeviceStatus, ...]:
-    """What the hardware tells now. A figure that it does not tell is None."""
-    return tuple(_status(device, device.name in busy) for device in devices)
-
-
 def free_memory(device: Device) -> int | None:
     """Bytes free on a GPU; None for a CPU, whose memory is the machine's."""
     if device.handle is None:
@@ -101,45 +93,6 @@ def _choose(gpus: list[Device], use: Sequence[str]) -> list[Device]:
             raise XditError(Code.BAD_CONFIG, f"devices.use names GPU {wanted!r} twice.")
         chosen.append(matches[0])
     return chosen
-
-
-def _status(device: Device, busy: bool) -> DeviceStatus:
-    if device.handle is None:
-        memory = psutil.virtual_memory()
-        return DeviceStatus(
-            name=device.name,
-            model=device.model,
-            memory_total=memory.total,
-            memory_used=memory.total - memory.available,
-            busy=busy,
-        )
-    import pynvml as nv
-
-    handle = device.handle
-    memory = _told(nv.nvmlDeviceGetMemoryInfo, handle)
-    power = _told(nv.nvmlDeviceGetPowerUsage, handle)
-    rates = _told(nv.nvmlDeviceGetUtilizationRates, handle)
-    return DeviceStatus(
-        name=device.name,
-        model=device.model,
-        uuid=device.uuid,
-        memory_total=int(memory.total) if memory else None,
-        memory_used=int(memory.used) if memory else None,
-        temperature=_told(nv.nvmlDeviceGetTemperature, handle, nv.NVML_TEMPERATURE_GPU),
-        power=power / 1000 if power is not None else None,
-        utilization=int(rates.gpu) if rates else None,
-        busy=busy,
-    )
-
-
-def _told(ask: Any, *arguments: Any) -> Any:
-    """What NVML answers, or None: many figures are not supported on many cards."""
-    import pynvml
-
-    try:
-        return ask(*arguments)
-    except pynvml.NVMLError:
-        return None
 
 
 def _text(value: bytes | str) -> str:

@@ -22,6 +22,7 @@ from xditd.daemon.clients import OURSELVES, Clients
 from xditd.daemon.config import Config
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fleet import Deadlines
+from xditd.daemon.gauges import Gauges
 from xditd.daemon.groups import Restarts
 from xditd.daemon.ranks import Ranks
 from xditd.daemon.requests import Requests
@@ -60,6 +61,7 @@ class Server:
         self.started = time.monotonic()
         self._look = 0.0  # monotonic seconds of the next look at what needs no haste
         self.devices = hardware.own(config.devices.kind, config.devices.use, config.devices.cpu_ranks)
+        self.gauges = Gauges(self.devices)
         self._context: zmq.Context[Any] = zmq.Context()
         self.clients = Clients(
             self._context,
@@ -98,6 +100,7 @@ class Server:
 
     async def start(self) -> None:
         """Opens the doors, and loads what the configuration names."""
+        self.gauges.start()
         await self.clients.start()
         preloads = self.config.models.preload
         self._loading = len(preloads)
@@ -143,6 +146,7 @@ class Server:
 
     async def close(self) -> None:
         """Kills what is left and closes the doors."""
+        self.gauges.close()
         await self.clients.close()
         self.ranks.close()
         self._context.destroy(linger=200)
@@ -172,7 +176,7 @@ class Server:
             epoch=self.clients.epoch,
             pid=os.getpid(),
             uptime=now - self.started,
-            devices=hardware.status(self.devices, dispatcher.turns.busy),
+            devices=self.gauges.status(dispatcher.turns.busy, now),
             groups=tuple(group.status(len(dispatcher.runs_on(group)), rss) for group in groups),
             runs=tuple(run.status(now, dispatcher.position(run)) for run in dispatcher.runs.values()),
             arenas=tuple(
