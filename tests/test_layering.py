@@ -54,6 +54,9 @@ LAZILY: dict[str, set[str]] = {
     "daemon/__main__.py": {"uvloop"},
     "daemon/devices.py": {"pynvml"},
     "daemon/gauges.py": {"pynvml"},
+    "daemon/live_figures.py": {"prometheus_client"},
+    "daemon/metrics.py": {"prometheus_client"},
+    "daemon/scrape.py": {"prometheus_client"},
 }
 """By file: what it may import besides, inside a function, since it is not there in every installation."""
 
@@ -77,6 +80,7 @@ HEAVY = {
 PURE = (
     "catalog/detection.py",
     "catalog/families/*.py",
+    "daemon/chronicle.py",
     "daemon/dispatcher.py",
     "daemon/fleet.py",
     "daemon/groups.py",
@@ -89,6 +93,7 @@ PURE = (
     "handoff/slots.py",
     "models/*/config.py",
     "models/*/keys.py",
+    "protocol/figures.py",
     "protocol/messages.py",
     "protocol/orders.py",
     "protocol/tensors.py",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from xditd.protocol.figures import DeviceStatus, Nvlink
 from xditd.protocol.messages import (
     ArenaStatus,
-    DeviceStatus,
     GroupStatus,
     ModelInfo,
     ModelList,
     ModelRef,
-    Nvlink,
     Plan,
     RankStatus,
     RunStatus,

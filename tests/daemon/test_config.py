@@ -137,6 +137,8 @@ def test_the_command_line_wins_over_the_file(tmp_path):
         ('endpoint = "tcp://0.0.0.0:5555"', ["tcp", "allow_insecure_tcp"]),
         ('endpoint = "tcp://nonsense"\nallow_insecure_tcp = true', ["tcp://host:port"]),
         ('endpoint = "/run/x"', ["ipc:///"]),
+        ("[metrics]\nport = 70000", ["metrics.port", "<= 65535"]),
+        ('[metrics]\naddress = "localhost"', ["metrics", "'localhost' is no IP address", "127.0.0.1"]),
         (f'endpoint = "ipc:///{"x" * 120}"', ["shorter"]),
         ("endpoint = ", ["not TOML"]),
         ('endpoint = "\udcff"', ["not TOML"]),

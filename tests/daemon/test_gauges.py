@@ -13,7 +13,7 @@ from tests.live.service import wait_for
 from xditd.daemon import devices
 from xditd.daemon.gauges import LINKS_EVERY, Gauges
 from xditd.protocol.errors import XditError
-from xditd.protocol.messages import DeviceStatus, Nvlink
+from xditd.protocol.figures import DeviceStatus, Nvlink
 
 
 @pytest.fixture

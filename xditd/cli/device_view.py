@@ -9,7 +9,7 @@ from rich.text import Text
 
 from xditd.cli import words
 from xditd.cli.shapes import columns, gauge, none
-from xditd.protocol.messages import DeviceStatus
+from xditd.protocol.figures import DeviceStatus
 
 HARMLESS = frozenset({"idle", "application_clocks", "sync_boost", "display_clocks"})
 """Reasons for a low clock that nobody has to do anything about."""

@@ -24,6 +24,9 @@ from xditd.protocol.errors import Code, XditError
 
 OnEvent = Callable[[Union[m.Queued, m.Rebound, m.Progress]], None]
 
+_WATCHED = 64
+"""Events after which a watch asks on."""
+
 _CLOSED = XditError(Code.DAEMON_LOST, "This client was closed; make a new Client.")
 
 
@@ -247,6 +250,42 @@ class Client:
     def drain(self, stop: bool = False, timeout: float | None = None) -> None:
         """Has the daemon take no new runs; returns when the open ones have ended. With `stop` it then ends."""
         self._ask(m.Drain, {"stop": stop}, timeout)
+
+    def watch(
+        self,
+        on_event: Callable[[m.Happened], None],
+        *,
+        after: int | None = None,
+        count: int | None = None,
+        interrupt: Interrupt | None = None,
+    ) -> int:
+        """Hears what happens, in this thread; what `on_event` raises ends it and is passed on.
+
+        Args:
+            after: number of the last event that is known; 0 hears all that the daemon has kept, None what comes.
+            count: events to hear; None goes on for as long as the daemon lives.
+            interrupt: called every 20 ms; what it raises ends it.
+
+        Returns:
+            The number of the last event that was heard, for another `after`.
+        """
+        left = count
+        while left is None or left > 0:
+            asked = _WATCHED if left is None else min(left, _WATCHED)
+            heard = 0
+
+            def hear(event: Any) -> None:
+                nonlocal heard
+                heard += 1
+                on_event(event)
+
+            answer = self._ask(m.Watch, {"after": after, "count": asked}, None, hear, interrupt)
+            after = answer.last
+            if heard < asked:  # the daemon stops, or another thread watches now
+                break
+            if left is not None:
+                left -= heard
+        return after or 0
 
     def close(self) -> None:
         """Ends the connection; the daemon ends its runs and frees its arena. Results that live stay readable."""

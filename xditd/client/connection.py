@@ -365,7 +365,7 @@ class Connection:
             if isinstance(message, m.Failed):
                 log.warning("The daemon refused a message: %s [%s]", message.message, message.code)
             return
-        if isinstance(message, (m.Queued, m.Progress, m.Rebound)):
+        if isinstance(message, (m.Queued, m.Progress, m.Rebound, m.Happened)):
             if request.abandoned:
                 return
             request.events.append((message, frames))

@@ -28,6 +28,7 @@ ANSWERS: dict[type[Struct], type[Struct]] = {
     m.Cancel: m.Cancelled,
     m.Close: m.Closed,
     m.Drain: m.Drained,
+    m.Watch: m.Watched,
 }
 """What answers each request, where it does not fail."""
 

@@ -20,6 +20,7 @@ from msgspec import Struct
 from xditd import __version__
 from xditd.daemon.arenas import Arena, Arenas
 from xditd.daemon.config import Config
+from xditd.daemon.metrics import Metrics
 from xditd.daemon.session import Session
 from xditd.daemon.wire import Wire
 from xditd.daemon.work import failed, spell
@@ -33,6 +34,7 @@ log = logging.getLogger("xditd.clients")
 
 CAPABILITIES = (
     "flux", "autoencoder_kl", "clip", "t5", "ulysses", "ring", "cfg", "sample", "encode_text", "frames", "shared_memory", "lane",
+    "watch",
 )  # fmt: skip
 """What a client may count on, beyond the protocol's version."""
 
@@ -46,6 +48,9 @@ Handle = Callable[[Session, Any, Sequence[Any]], None]
 
 Answered = Callable[[Struct], None]
 """Called with replies and events for the daemon itself."""
+
+Noticed = Callable[[Session, str], None]
+"""Called with (session, "connected" or "gone")."""
 
 Gone = Callable[[bytes, "tuple[int, ...]"], None]
 """Called with (peer, its segments) when a session has ended."""
@@ -63,6 +68,8 @@ class Clients:
         handle: Handle,
         gone: Gone,
         answered: Answered,
+        noticed: Noticed,
+        metrics: Metrics | None = None,
     ) -> None:
         """
         Raises:
@@ -72,6 +79,8 @@ class Clients:
         self.handle = handle
         self.gone = gone
         self.answered = answered
+        self.noticed = noticed
+        self.metrics = metrics
         self.epoch = os.urandom(8).hex()
         self.sessions: dict[bytes, Session] = {}
         self.arenas: Arenas | None = None  # clients on other machines send frames
@@ -109,6 +118,8 @@ class Clients:
         if peer == OURSELVES:
             self.answered(reply)
             return
+        if self.metrics is not None:
+            self.metrics.answered(reply)
         session, header = self.sessions.get(peer), codec.encode(reply)
         if session is not None and not frames and session.answer_by_lane(reply, header):
             return
@@ -150,6 +161,8 @@ class Clients:
             elif session.is_new(message.id, by_lane=by_lane):
                 session.heard = time.monotonic()
                 session.check(message, [frame.buffer.nbytes for frame in frames])
+                if self.metrics is not None:
+                    self.metrics.asked(message)
                 self.handle(session, message, frames)
             else:
                 log.warning(
@@ -206,6 +219,7 @@ class Clients:
             ),
         )
         self.answer(peer, welcome)
+        self.noticed(session, "connected")
 
     def _claim(self, token: str) -> Arena:
         if self.arenas is None:
@@ -252,6 +266,7 @@ class Clients:
         self._close_lane(session)
         log.info("%s.", how.capitalize(), extra={"client": session.name, "pid": session.pid})
         arena = session.arena
+        self.noticed(session, "gone")
         self.gone(session.peer, tuple(arena.segments) if arena is not None else ())
         if arena is not None and self.arenas is not None:
             self.arenas.release(arena.token)

@@ -6,6 +6,7 @@ documented in systemd/xditd.toml.example and docs/configuration.md; a test holds
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,6 +145,19 @@ class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     format: Literal["text", "json"] = "text"
 
 
+class Metrics(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where Prometheus may scrape."""
+
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0  # 0: nowhere
+    address: str = "127.0.0.1"  # to listen on
+
+    def __post_init__(self) -> None:
+        try:
+            ipaddress.ip_address(self.address)
+        except ValueError:
+            raise ValueError(f'address {self.address!r} is no IP address: write "127.0.0.1"') from None
+
+
 class Debug(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """For tests and benchmarks."""
 
@@ -166,6 +180,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     restart: Restart = field(default_factory=Restart)
     compute: Compute = field(default_factory=Compute)
     log: Log = field(default_factory=Log)
+    metrics: Metrics = field(default_factory=Metrics)
     debug: Debug = field(default_factory=Debug)
 
     def __post_init__(self) -> None:

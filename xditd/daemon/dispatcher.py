@@ -47,6 +47,8 @@ class Dispatcher:
         self.deadlines = deadlines
         self.queue = queue
         self.ended = ended
+        self.noticed: Callable[[Group], None] = lambda group: None  # called when a group's state has changed
+        self.turned: Callable[[Asked, float], None] = lambda asked, seconds: None  # called after every turn
         self.fleet = Fleet(clients, ranks, deadlines, restarts, self)
         self.turns = Turns()
         self.runs: dict[int, Run] = {}
@@ -201,6 +203,7 @@ class Dispatcher:
             self._tell_position(run)
 
     def group_ready(self, group: Group, now: float) -> None:
+        self.noticed(group)
         self._place(now)
 
     def group_failed(self, group: Group, now: float) -> None:
@@ -209,6 +212,7 @@ class Dispatcher:
         What raised in a rank is refused, since it would raise again; what a rank died or hung over is asked
         again of the next group.
         """
+        self.noticed(group)
         lost = group.code in LOST
         victim = self._turn_over(group, group.turn, now)
         for run in self.runs_on(group):
@@ -220,6 +224,7 @@ class Dispatcher:
         self._next_turn(now)
 
     def group_gone(self, group: Group, now: float) -> None:
+        self.noticed(group)
         self._turn_over(group, group.turn, now)
         for run in self.runs_on(group):
             self._end(run, Code.RUN_CANCELLED, run.leaving or group.problem, now)
@@ -294,6 +299,7 @@ class Dispatcher:
             return
         self.turns.forget(run.id)
         run.go("end")
+        run.code, run.problem = spell(code), message
         if not run.announced:
             self.clients.answer(run.peer, failed(run.reopen, code, message))
         elif run.asked is not None:
@@ -352,6 +358,7 @@ class Dispatcher:
         run.touched = now
         asked.step += 1
         asked.seconds += report.seconds
+        self.turned(asked, report.seconds)
         finished = asked.step == asked.turns
         if isinstance(asked.work, m.Sample):
             preview, shown = alone(report.preview, frames) if report.preview is not None else (None, ())

@@ -14,7 +14,7 @@ import psutil
 from msgspec import structs
 
 from xditd.daemon.devices import Device
-from xditd.protocol.messages import DeviceStatus, Nvlink
+from xditd.protocol.figures import DeviceStatus, Nvlink
 
 log = logging.getLogger(__name__)
 

@@ -60,6 +60,7 @@ class Ranks:
 
     def start(self, group: Group) -> None:
         self._passed[group.name] = set()
+        self.dispatcher.noticed(group)
         for spec in rank_specs(group, self.config, self.runtime):
             try:
                 group.ranks[spec.rank].pid = self.executor.spawn(spec, environment(spec)).popen.pid
@@ -86,6 +87,8 @@ class Ranks:
     def order(
         self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()
     ) -> None:
+        if isinstance(order, o.Leave):
+            self.dispatcher.noticed(group)
         try:
             arena = self.arena_of(peer) if peer is not None else None
             if arena is not None:

@@ -23,6 +23,7 @@ from xditd.daemon.groups import Group
 from xditd.daemon.ports import ClientPort
 from xditd.daemon.runs import Key, Run, Work
 from xditd.daemon.session import Session
+from xditd.daemon.sight import Sight
 from xditd.daemon.work import failed
 from xditd.protocol import messages as m
 from xditd.protocol.codec import MAX_HEADER
@@ -49,10 +50,12 @@ class Requests:
         reserve_memory: int = 0,
         runs_per_client: int = 16,
         frame_bytes_per_client: int = 4 << 30,
+        sight: Sight,
         stop: Callable[[], None],
     ) -> None:
         """
         Args:
+            sight: is told of runs as they open and end.
             dtype: compute dtype where a request names none; "" leaves it to `dtypes.choose`.
             reserve_memory: bytes of each GPU that are not ours.
             frame_bytes_per_client: that the daemon keeps for the runs of a client without shared memory.
@@ -66,6 +69,7 @@ class Requests:
         self.reserve_memory = reserve_memory
         self.runs_per_client = runs_per_client
         self.frame_bytes_per_client = frame_bytes_per_client
+        self.sight = sight
         self.stop = stop
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[int, list[tuple[bytes, Struct]]] = {}  # run → answers due when it has ended
@@ -104,13 +108,17 @@ class Requests:
                 self.dispatcher.stop(run, f"Run {run.id} was cancelled.", now)
             case m.Close():
                 run = self._run(session, message.run)
+                run.closing = True
                 self._when_ended(run, session.peer, m.Closed(re=message.id, run=run.id))
                 self.dispatcher.stop(run, f"Run {run.id} was closed.", now)
             case m.Drain():
                 self.dispatcher.draining = True
+                self.sight.daemon("draining")
                 self._draining.append((session.peer, message))
                 log.warning("Draining: no new runs. Asked by %s.", session.name)
                 self._drained()
+            case m.Watch():
+                self.sight.chronicle.watch(session.peer, message)
             case _:
                 raise XditError(Code.BAD_MESSAGE, "A connection says hello once, at its beginning.")
 
@@ -182,6 +190,7 @@ class Requests:
             )
         self._check_memory(found, key)
         run = self.dispatcher.open(session.peer, session.name, message, found, key, time.monotonic())
+        self.sight.run_opened(run)
         log.info("Opened by %s: %s.", session.name, message.model.name, extra={"run": run.id})
 
     async def _load(self, peer: bytes, message: m.Load) -> None:
@@ -236,6 +245,7 @@ class Requests:
         self._ending.setdefault(run.id, []).append((peer, answer))
 
     def _ended(self, run: Run) -> None:
+        self.sight.run_ended(run)
         for peer, answer in self._ending.pop(run.id, ()):
             self.clients.answer(peer, answer)
         self._drained()

@@ -83,6 +83,9 @@ class Run:
     announced: bool = False  # RunOpened was sent
     leaving: str = ""  # it ends with the turn that it is in: why
     touched: float = 0.0  # monotonic seconds of the last request or answer
+    closing: bool = False  # its client has asked for its end
+    code: str = ""  # that it ended with
+    problem: str = ""  # why it ended
 
     def go(self, event: str) -> None:
         self.state = states.after(states.RUN, self.state, event)

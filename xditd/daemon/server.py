@@ -18,15 +18,18 @@ from xditd import __version__
 from xditd.catalog.catalog import Catalog
 from xditd.daemon import devices as hardware
 from xditd.daemon import states
+from xditd.daemon.chronicle import Chronicle
 from xditd.daemon.clients import OURSELVES, Clients
 from xditd.daemon.config import Config
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fleet import Deadlines
 from xditd.daemon.gauges import Gauges
 from xditd.daemon.groups import Restarts
+from xditd.daemon.metrics import Metrics
 from xditd.daemon.ranks import Ranks
 from xditd.daemon.requests import Requests
 from xditd.daemon.session import Session
+from xditd.daemon.sight import Sight
 from xditd.protocol import messages as m
 from xditd.protocol.endpoints import Endpoint
 
@@ -63,6 +66,8 @@ class Server:
         self.devices = hardware.own(config.devices.kind, config.devices.use, config.devices.cpu_ranks)
         self.gauges = Gauges(self.devices)
         self._context: zmq.Context[Any] = zmq.Context()
+        metrics = Metrics(config.metrics) if config.metrics.port else None
+        self.sight = Sight(Chronicle(lambda peer, told: self.clients.answer(peer, told), time.time), metrics)
         self.clients = Clients(
             self._context,
             endpoint,
@@ -70,6 +75,8 @@ class Server:
             handle=self._handle,
             gone=self._client_gone,
             answered=self._preloaded,
+            noticed=self.sight.client,
+            metrics=metrics,
         )
         self.ranks = Ranks(self._context, runtime, config, self._arena_of)
         limits = config.deadlines
@@ -92,15 +99,20 @@ class Server:
             reserve_memory=config.devices.reserve_memory,
             runs_per_client=config.limits.runs_per_client,
             frame_bytes_per_client=config.arena.per_client_bytes,
+            sight=self.sight,
             stop=stop,
         )
+        self.dispatcher.noticed, self.dispatcher.turned = self.sight.group, self.sight.turn
 
     def go(self, event: str) -> None:
         self.state = states.after(states.DAEMON, self.state, event)
+        self.sight.daemon(self.state)
 
     async def start(self) -> None:
         """Opens the doors, and loads what the configuration names."""
         self.gauges.start()
+        if self.sight.metrics is not None:
+            self.sight.metrics.serve(lambda: self.report(0))
         await self.clients.start()
         preloads = self.config.models.preload
         self._loading = len(preloads)
@@ -143,10 +155,13 @@ class Server:
         """Ends every run and tells every group to leave."""
         self.go("stop")
         self.dispatcher.close(time.monotonic())
+        self.sight.chronicle.close()
 
     async def close(self) -> None:
         """Kills what is left and closes the doors."""
         self.gauges.close()
+        if self.sight.metrics is not None:
+            self.sight.metrics.close()
         await self.clients.close()
         self.ranks.close()
         self._context.destroy(linger=200)
@@ -191,6 +206,7 @@ class Server:
             ),
             arena_bytes=arenas.in_use_bytes if arenas is not None else 0,
             arena_limit=self.config.arena.total_bytes,
+            clients=len(self.clients.sessions),
         )
 
     def _handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:
@@ -200,6 +216,7 @@ class Server:
             self.requests.handle(session, message, frames)
 
     def _client_gone(self, peer: bytes, segments: tuple[int, ...]) -> None:
+        self.sight.chronicle.forget(peer)
         self.ranks.forget_segments(segments)
         self.dispatcher.client_gone(peer, segments, time.monotonic())
 

@@ -49,7 +49,7 @@ class Session:
         request = getattr(reply, "re", None)
         if request not in self.asked_by_lane:
             return False
-        if not isinstance(reply, (m.Queued, m.Progress, m.Rebound)):
+        if not isinstance(reply, (m.Queued, m.Progress, m.Rebound, m.Happened)):
             self.asked_by_lane.discard(request)
         return self.lane is not None and self.lane.send(header)
 

@@ -1,7 +1,7 @@
 """The messages between a client and the daemon, version 1. protocol.md explains each; a test holds them together.
 
 Requests carry an `id` that the client chooses; every answer and event names it in `re`. A request is answered
-exactly once, by its answer or by `failed`. Events (`queued`, `progress`, `rebound`) may come before the answer;
+exactly once, by its answer or by `failed`. Events (`queued`, `progress`, `rebound`, `happened`) may come before the answer;
 `run_ended` comes unasked. Unknown fields are ignored, unknown types are refused.
 """
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union
 from msgspec import Meta, Struct, field
 
 from xditd.protocol.codec import tags
+from xditd.protocol.figures import DeviceStatus
 from xditd.protocol.tensors import Tensor
 
 VERSION = 1
@@ -89,34 +90,6 @@ class SkippedFile(Struct, frozen=True, kw_only=True):
     name: str
     code: str
     message: str
-
-
-class Nvlink(Struct, frozen=True, kw_only=True):
-    """The NVLinks of one GPU."""
-
-    links: int  # that it has
-    up: int  # of them
-    generation: int | None = None  # 4 is that of an H100
-    speed: float | None = None  # bytes per second of one link, each way
-    peers: dict[str, int] = field(default_factory=dict)  # what they lead to, and how many: "cuda:1", "switch"
-
-
-class DeviceStatus(Struct, frozen=True, kw_only=True):
-    """One device the daemon owns. Figures are None where the hardware does not tell."""
-
-    name: str  # "cuda:0", "cpu:1"
-    model: str = ""  # "NVIDIA H200"
-    uuid: str = ""
-    memory_total: int | None = None  # bytes
-    memory_used: int | None = None  # bytes, by all processes
-    temperature: int | None = None  # degrees Celsius
-    power: float | None = None  # watts
-    utilization: int | None = None  # percent
-    busy: bool = False  # a turn runs on it now
-    power_limit: float | None = None  # watts that it may take
-    throttled: tuple[str, ...] | None = None  # why its clock is not the highest; () is no reason
-    nvlink: Nvlink | None = None  # None: it has none
-    age: float | None = None  # seconds since these figures were read
 
 
 class RankStatus(Struct, frozen=True, kw_only=True):
@@ -339,6 +312,14 @@ class Drain(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="drain", 
     stop: bool = False
 
 
+class Watch(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="watch", tag_field="type"):
+    """Be told what happens; answered after `count` events, by another watch, or when the daemon stops."""
+
+    id: Id
+    after: Id | None = None  # number of the last event that is known; None: from now on, 0: all that is kept
+    count: Annotated[int, Meta(ge=1, le=256)] = 64
+
+
 Request = Union[
     Hello,
     Status,
@@ -355,6 +336,7 @@ Request = Union[
     Cancel,
     Close,
     Drain,
+    Watch,
 ]
 REQUESTS = tags(Request)
 
@@ -384,6 +366,7 @@ class StatusReport(Struct, frozen=True, kw_only=True, tag="status_report", tag_f
     arenas: tuple[ArenaStatus, ...]
     arena_bytes: int  # in use by all clients
     arena_limit: int
+    clients: int = 0  # connected
 
 
 class ModelList(Struct, frozen=True, kw_only=True, tag="model_list", tag_field="type"):
@@ -471,6 +454,11 @@ class Drained(Struct, frozen=True, kw_only=True, tag="drained", tag_field="type"
     re: Id
 
 
+class Watched(Struct, frozen=True, kw_only=True, tag="watched", tag_field="type"):
+    re: Id
+    last: Id  # number of the last event that was told: the next watch's `after`
+
+
 class Failed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="failed", tag_field="type"):
     re: Id | None  # None where the request's id could not be read
     code: str
@@ -518,6 +506,22 @@ class RunEnded(Struct, frozen=True, kw_only=True, tag="run_ended", tag_field="ty
     message: str
 
 
+class Happened(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="happened", tag_field="type"):
+    """Before `watched`: something has happened."""
+
+    re: Id
+    number: Id  # one more than that of the event before; a gap tells of events that are not kept any more
+    time: float  # seconds since 1970
+    event: str  # "group_ready", "run_ended", ...; see protocol.md
+    group: str = ""
+    generation: int = 0
+    model: ModelRef | None = None
+    run: Id | None = None
+    client: str = ""
+    code: str = ""  # of what failed, or ended otherwise than it should
+    message: str = ""  # one sentence for people
+
+
 Reply = Union[
     Welcome,
     StatusReport,
@@ -534,11 +538,13 @@ Reply = Union[
     Cancelled,
     Closed,
     Drained,
+    Watched,
     Failed,
     Queued,
     Progress,
     Rebound,
+    Happened,
     RunEnded,
 ]
 REPLIES = tags(Reply)
-EVENTS = frozenset({"queued", "progress", "rebound", "run_ended"})
+EVENTS = frozenset({"queued", "progress", "rebound", "happened", "run_ended"})

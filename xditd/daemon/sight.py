@@ -1,0 +1,68 @@
+"""What the daemon's parts say of themselves as it happens, passed on to whoever looks: the chronicle and the metrics.
+
+The parts call it and decide nothing by it; it changes nothing of theirs.
+"""
+
+from __future__ import annotations
+
+from xditd.daemon.chronicle import Chronicle
+from xditd.daemon.groups import Group
+from xditd.daemon.metrics import Metrics
+from xditd.daemon.runs import Asked, Run
+from xditd.daemon.session import Session
+from xditd.protocol.errors import Code
+
+
+class Sight:
+    """The one place that hears of everything."""
+
+    def __init__(self, chronicle: Chronicle, metrics: Metrics | None = None) -> None:
+        """
+        Args:
+            metrics: None where nobody scrapes: then nothing is counted.
+        """
+        self.chronicle = chronicle
+        self.metrics = metrics
+        self._state = ""
+
+    def daemon(self, state: str) -> None:
+        """The daemon's state, as often as somebody says it."""
+        if state != self._state:
+            self._state = state
+            self.chronicle.tell(state)
+
+    def client(self, session: Session, event: str) -> None:
+        """A client has come ("connected") or gone ("gone")."""
+        self.chronicle.tell(f"client_{event}", client=session.name)
+
+    def group(self, group: Group) -> None:
+        """A group has come to another state."""
+        broken = group.state == "failed"
+        self.chronicle.tell(
+            f"group_{group.state}",
+            group=group.name,
+            generation=group.generation,
+            model=group.ref,
+            code=group.code if broken else "",
+            message=group.problem if broken else "",
+        )
+        if self.metrics is not None:
+            self.metrics.group(group)
+
+    def run_opened(self, run: Run) -> None:
+        self.chronicle.tell("run_opened", run=run.id, model=run.ref, client=run.client)
+
+    def run_ended(self, run: Run) -> None:
+        """A run has ended, for `run.code`; one that its client closed has no code."""
+        closed = run.closing and run.code == Code.RUN_CANCELLED.value
+        code, message = ("", "") if closed else (run.code, run.problem)
+        self.chronicle.tell(
+            "run_ended", run=run.id, model=run.ref, client=run.client, code=code, message=message
+        )
+        if self.metrics is not None:
+            self.metrics.run_ended(code)
+
+    def turn(self, asked: Asked, seconds: float) -> None:
+        """A turn of a request is done."""
+        if self.metrics is not None:
+            self.metrics.turn(asked.work, seconds)
