@@ -8,6 +8,7 @@ from xditd import __version__
 from xditd.cli.commands import Commands
 from xditd.cli.demo import demo
 from xditd.cli.doctor.command import doctor
+from xditd.cli.events import events
 from xditd.cli.models import load, models, unload
 from xditd.cli.runs import cancel, drain, runs
 from xditd.cli.sample import sample
@@ -25,7 +26,9 @@ def main() -> None:
     """
 
 
-for command in (status, models, load, unload, runs, cancel, sample, demo, doctor, wait_ready, drain):
+for command in (
+    status, events, models, load, unload, runs, cancel, sample, demo, doctor, wait_ready, drain,
+):  # fmt: skip
     main.add_command(command)
 
 if __name__ == "__main__":
