@@ -13,6 +13,7 @@ from xditd.cli.models import load, models, unload
 from xditd.cli.runs import cancel, drain, runs
 from xditd.cli.sample import sample
 from xditd.cli.status import status, wait_ready
+from xditd.cli.top import top
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -27,7 +28,7 @@ def main() -> None:
 
 
 for command in (
-    status, events, models, load, unload, runs, cancel, sample, demo, doctor, wait_ready, drain,
+    status, top, events, models, load, unload, runs, cancel, sample, demo, doctor, wait_ready, drain,
 ):  # fmt: skip
     main.add_command(command)
 
