@@ -96,6 +96,8 @@ PURE = (
     "protocol/figures.py",
     "protocol/messages.py",
     "protocol/orders.py",
+    "protocol/plans.py",
+    "protocol/watching.py",
     "protocol/tensors.py",
 )
 """Files that decide and do not act: their tests need no socket, clock, process or device."""

@@ -20,6 +20,7 @@ from xditd.cli import commands
 from xditd.cli.status_view import status_view
 from xditd.cli.xditctl import main
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.figures import PreloadStatus
 from xditd.protocol.messages import ModelList, ModelRef, PlanRequest, StatusReport
 
 
@@ -200,6 +201,27 @@ def test_wait_ready_gives_up_with_the_reason(ask):
     assert "Tried here" in result.stderr
     result = ask("wait-ready --timeout 0 --model vae/ae.safetensors")
     assert "vae/ae.safetensors is failed" in result.stderr
+
+
+def test_wait_ready_says_at_once_that_a_model_to_preload_will_not_come(ask):
+    refused = PreloadStatus(
+        model=reports.VAE, state="refused", code="file_invalid", message="It is truncated."
+    )
+    result = ask("wait-ready", status=reports.report(preloads=(refused,)))
+    assert result.exit_code == 1
+    assert "vae/ae.safetensors is not there: It is truncated." in result.stderr
+
+
+def test_wait_ready_is_content_when_somebody_loaded_it_later(ask):
+    refused = PreloadStatus(model=reports.FLUX, state="refused", code="out_of_memory", message="Full.")
+    assert ask("wait-ready", status=reports.report(preloads=(refused,))).exit_code == 0
+
+
+def test_wait_ready_names_the_models_that_still_load(ask):
+    waiting = PreloadStatus(model=reports.FLUX, state="waiting")
+    result = ask("wait-ready --timeout 0", status=reports.report(state="starting", preloads=(waiting,)))
+    assert result.exit_code == 5
+    assert "is starting, diffusion_models/flux/flux1-dev.safetensors not ready" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ sample

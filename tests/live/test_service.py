@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.live.conftest import Serve
-from tests.live.service import wait_for
+from tests.live.service import Service, wait_for
 from xditd.client import Client
 
 
@@ -74,6 +74,38 @@ def test_a_model_to_preload_that_is_not_there_is_said_and_the_rest_serves(
     )
     systemd.hear_until("READY=1")
     assert "❌ server: A model to preload is not there: There is no vae/nowhere.safetensors" in service.said()
+    assert _wait_ready(service).returncode == 1
+
+
+def test_wait_ready_is_0_when_the_daemon_serves_with_its_models(serve: Serve) -> None:
+    preload = [{"model": "echo/echo", "devices": ["0"]}, {"model": "echo/echo", "devices": ["1"]}]
+    service = serve(**{"models.preload": preload})
+    assert _wait_ready(service).returncode == 0
+    with service.client() as client:
+        status = client.status()
+        assert [group.state for group in status.groups] == ["ready", "ready"]
+        assert [preload.state for preload in status.preloads] == ["ready", "ready"]
+
+
+def test_wait_ready_is_5_when_the_models_take_too_long(serve: Serve) -> None:
+    ranks_that_hang = {"debug.rank_command": ["sleep", "600"]}
+    service = serve(**ranks_that_hang, **{"models.preload": [{"model": "echo/echo"}]})
+    late = _wait_ready(service, "--timeout", "1.5")
+    assert late.returncode == 5
+    assert "Not ready in time: the daemon is starting, echo/echo not ready. [timeout]" in late.stderr
+
+
+def _wait_ready(service: Service, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "xditd.cli.xditctl",
+        "wait-ready",
+        *options,
+        "--endpoint",
+        service.endpoint,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_the_watchdog_hears_nothing_from_an_event_loop_that_stands_still(

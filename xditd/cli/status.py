@@ -67,9 +67,12 @@ def _now(client: Client) -> RenderableType:
 @click.option("--model", type=MODEL, help='Wait also for a ready group of this model, "kind/name".')
 @endpoint_option
 def wait_ready(endpoint: str | None, timeout: float, model: ModelRef | None) -> None:
-    """Wait until the daemon serves.
+    """Wait until the daemon serves and the models that its configuration preloads are ready.
 
-    Status 0 when it does, 5 if it took too long.
+    \b
+    Exit status:
+      0 it serves, and they are      1 a model to preload was refused: waiting would not help
+      5 it took too long             2 wrong command line   130 Ctrl-C
 
     \b
     Examples:
@@ -89,16 +92,25 @@ def wait_ready(endpoint: str | None, timeout: float, model: ModelRef | None) -> 
                         return
                     _pause(end, missing)
         except XditError as error:
-            if error.code not in (Code.DAEMON_NOT_FOUND, Code.DAEMON_LOST, Code.STOPPING):
+            if error.code not in (Code.DAEMON_NOT_FOUND, Code.DAEMON_LOST, Code.STOPPING, Code.TIMEOUT):
                 raise
-            missing = error.message
+            if error.code != Code.TIMEOUT:  # else what was missing before is what a person wants to know
+                missing = error.message
         _pause(end, missing)
 
 
 def _missing(client: Client, model: ModelRef | None) -> str:
     report = client.status()
     if report.state != "serving":
-        return f"the daemon is {report.state}"
+        loading = [words.model(preload.model) for preload in report.preloads if preload.state == "waiting"]
+        still = f", {words.joined(loading)} not ready" if loading else ""
+        return f"the daemon is {report.state}{still}"
+    there = {(group.model.kind, group.model.name) for group in report.groups if group.state == "ready"}
+    for preload in report.preloads:
+        if preload.state == "refused" and (preload.model.kind, preload.model.name) not in there:
+            raise XditError(
+                Code.MODEL_FAILED, f"{words.model(preload.model)} is not there: {preload.message}"
+            )
     if model is None:
         return ""
     states = [

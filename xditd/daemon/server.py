@@ -60,7 +60,7 @@ class Server:
         self.config = config
         self.state = "starting"
         self.ready = asyncio.Event()
-        self._loading = 0  # models to preload that are neither ready nor refused
+        self.preloads = [m.PreloadStatus(model=p.ref, state="waiting") for p in config.models.preload]
         self.started = time.monotonic()
         self._look = 0.0  # monotonic seconds of the next look at what needs no haste
         self.devices = hardware.own(config.devices.kind, config.devices.use, config.devices.cpu_ranks)
@@ -115,21 +115,24 @@ class Server:
             self.sight.metrics.serve(lambda: self.report(0))
         await self.clients.start()
         preloads = self.config.models.preload
-        self._loading = len(preloads)
-        for number, preload in enumerate(preloads, 1):
+        for number, preload in enumerate(preloads):
             self.requests.preload(OURSELVES, m.Load(id=number, model=preload.ref, plan=preload.plan))
         if not preloads:
             self._serve()
 
     def _preloaded(self, reply: Struct) -> None:
         """One more of the models to preload is ready, or will not be: after the last one the daemon is ready."""
-        if isinstance(reply, m.Queued):
-            return
-        if isinstance(reply, m.Failed):
+        if isinstance(reply, m.Failed) and reply.re is not None:
             log.error("A model to preload is not there: %s", reply.message, extra={"code": reply.code})
-        self._loading -= 1
-        if not self._loading and self.state == "starting":
+            self._settle(reply.re, "refused", reply.code, reply.message)
+        elif isinstance(reply, m.Loaded):
+            self._settle(reply.re, "ready")
+        if self.state == "starting" and all(preload.state != "waiting" for preload in self.preloads):
             self._serve()
+
+    def _settle(self, number: int, state: str, code: str = "", message: str = "") -> None:
+        model = self.preloads[number].model
+        self.preloads[number] = m.PreloadStatus(model=model, state=state, code=code, message=message)
 
     def _serve(self) -> None:
         self.go("ready")
@@ -207,6 +210,7 @@ class Server:
             arena_bytes=arenas.in_use_bytes if arenas is not None else 0,
             arena_limit=self.config.arena.total_bytes,
             clients=len(self.clients.sessions),
+            preloads=tuple(self.preloads),
         )
 
     def _handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:

@@ -1,8 +1,13 @@
-"""What the hardware of a device tells, as it travels in a status report. A figure is None where it is not told."""
+"""The parts of a status report that stand for themselves: devices, ranks, arenas, models to preload.
+
+A figure is None where the hardware does not tell it.
+"""
 
 from __future__ import annotations
 
 from msgspec import Struct, field
+
+from xditd.protocol.plans import ModelRef
 
 
 class Nvlink(Struct, frozen=True, kw_only=True):
@@ -31,3 +36,34 @@ class DeviceStatus(Struct, frozen=True, kw_only=True):
     throttled: tuple[str, ...] | None = None  # why its clock is not the highest; () is no reason
     nvlink: Nvlink | None = None  # None: it has none
     age: float | None = None  # seconds since these figures were read
+
+
+class RankStatus(Struct, frozen=True, kw_only=True):
+    """One rank process."""
+
+    rank: int
+    pid: int
+    device: str
+    phase: str  # "starting", "importing", "joining", "loading", "ready", "gone"
+    rss: int | None = None  # bytes of host memory
+    device_memory: int | None = None  # bytes that torch reserves on its device
+    attention: str = ""  # attention backend
+
+
+class ArenaStatus(Struct, frozen=True, kw_only=True):
+    """The shared memory of one client."""
+
+    client: str
+    pid: int
+    uid: int
+    segments: int
+    bytes: int
+
+
+class PreloadStatus(Struct, frozen=True, kw_only=True):
+    """A model that the configuration wants ready."""
+
+    model: ModelRef
+    state: str  # "waiting", "ready", "refused": what became of it at the start
+    code: str = ""  # why it was refused
+    message: str = ""

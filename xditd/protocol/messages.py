@@ -12,8 +12,10 @@ from typing import Annotated, Any, Union
 from msgspec import Meta, Struct, field
 
 from xditd.protocol.codec import tags
-from xditd.protocol.figures import DeviceStatus
+from xditd.protocol.figures import ArenaStatus, DeviceStatus, PreloadStatus, RankStatus
+from xditd.protocol.plans import ModelInfo, ModelRef, Name, Plan, PlanRequest, SkippedFile
 from xditd.protocol.tensors import Tensor
+from xditd.protocol.watching import Happened, Watch, Watched
 
 VERSION = 1
 """The protocol version that this code speaks."""
@@ -23,85 +25,9 @@ VERSIONS = (1, 1)
 
 Id = Annotated[int, Meta(ge=0, le=2**53)]
 Key = Annotated[str, Meta(min_length=1, max_length=128)]
-Name = Annotated[str, Meta(max_length=1024)]
-Degree = Annotated[int, Meta(ge=0, le=1024)]
 
 
 # --------------------------------------------------------------------------------- what the messages speak of
-
-
-class ModelRef(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A model as ComfyUI names it."""
-
-    kind: Name  # a ComfyUI folder: "diffusion_models", "unet", "checkpoints", "vae", "text_encoders", "clip"
-    name: Name  # the file below it, as ComfyUI lists it: "flux/dev.safetensors"
-    # of a checkpoint: "transformer" (what "" means there), "vae", "clip_l", "clip_g", "t5xxl"
-    part: Name = ""
-    dtype: Name = ""  # compute dtype: "bfloat16", "float16", "float32"; "" is the file's own
-    size: Annotated[int, Meta(ge=0)] | None = (
-        None  # bytes, where the sender knows: another size is another file
-    )
-
-
-class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the sender asks of the planner; 0 and () leave it the choice."""
-
-    strategy: Name = "auto"  # "auto", "USP", "CFG", "PipeFusion", "Tensor", "Hybrid"
-    devices: tuple[
-        Name, ...
-    ] = ()  # names as `status` lists them, "0" or "cuda:0"; () is all that the daemon owns
-    cfg: Degree = 0
-    ulysses: Degree = 0
-    ring: Degree = 0
-    pipefusion: Degree = 0
-    tensor: Degree = 0
-
-
-class Plan(Struct, frozen=True, kw_only=True):
-    """How a group runs its model. The product of the degrees is the number of devices."""
-
-    devices: tuple[str, ...]
-    cfg: int = 1
-    ulysses: int = 1
-    ring: int = 1
-    pipefusion: int = 1
-    tensor: int = 1
-    reason: str = ""  # one sentence: why the planner chose this
-
-
-class ModelInfo(Struct, frozen=True, kw_only=True):
-    """A file that the daemon can load, as its header tells."""
-
-    kind: str
-    name: str
-    part: str
-    family: str  # "flux", "autoencoder_kl", ...
-    variant: str  # "dev", "schnell", ...
-    dtype: str  # of most of its parameters
-    bytes: int  # of the file
-    parameters: int
-    facts: dict[str, int] = field(default_factory=dict)  # widths, depths, heads: what the shapes say
-
-
-class SkippedFile(Struct, frozen=True, kw_only=True):
-    """A file below a model root that the daemon can not load, and why."""
-
-    kind: str
-    name: str
-    code: str
-    message: str
-
-
-class RankStatus(Struct, frozen=True, kw_only=True):
-    """One rank process."""
-
-    rank: int
-    pid: int
-    device: str
-    phase: str  # "starting", "importing", "joining", "loading", "ready", "gone"
-    rss: int | None = None  # bytes of host memory
-    device_memory: int | None = None  # bytes that torch reserves on its device
-    attention: str = ""  # attention backend
 
 
 class GroupStatus(Struct, frozen=True, kw_only=True):
@@ -136,16 +62,6 @@ class RunStatus(Struct, frozen=True, kw_only=True):
     position: int = 0  # in the queue; 0 is running
     age: float = 0.0  # seconds
     rebinds: int = 0
-
-
-class ArenaStatus(Struct, frozen=True, kw_only=True):
-    """The shared memory of one client."""
-
-    client: str
-    pid: int
-    uid: int
-    segments: int
-    bytes: int
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -312,14 +228,6 @@ class Drain(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="drain", 
     stop: bool = False
 
 
-class Watch(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="watch", tag_field="type"):
-    """Be told what happens; answered after `count` events, by another watch, or when the daemon stops."""
-
-    id: Id
-    after: Id | None = None  # number of the last event that is known; None: from now on, 0: all that is kept
-    count: Annotated[int, Meta(ge=1, le=256)] = 64
-
-
 Request = Union[
     Hello,
     Status,
@@ -367,6 +275,7 @@ class StatusReport(Struct, frozen=True, kw_only=True, tag="status_report", tag_f
     arena_bytes: int  # in use by all clients
     arena_limit: int
     clients: int = 0  # connected
+    preloads: tuple[PreloadStatus, ...] = ()  # models that the configuration wants ready
 
 
 class ModelList(Struct, frozen=True, kw_only=True, tag="model_list", tag_field="type"):
@@ -454,11 +363,6 @@ class Drained(Struct, frozen=True, kw_only=True, tag="drained", tag_field="type"
     re: Id
 
 
-class Watched(Struct, frozen=True, kw_only=True, tag="watched", tag_field="type"):
-    re: Id
-    last: Id  # number of the last event that was told: the next watch's `after`
-
-
 class Failed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="failed", tag_field="type"):
     re: Id | None  # None where the request's id could not be read
     code: str
@@ -504,22 +408,6 @@ class RunEnded(Struct, frozen=True, kw_only=True, tag="run_ended", tag_field="ty
     run: Id
     code: str
     message: str
-
-
-class Happened(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="happened", tag_field="type"):
-    """Before `watched`: something has happened."""
-
-    re: Id
-    number: Id  # one more than that of the event before; a gap tells of events that are not kept any more
-    time: float  # seconds since 1970
-    event: str  # "group_ready", "run_ended", ...; see protocol.md
-    group: str = ""
-    generation: int = 0
-    model: ModelRef | None = None
-    run: Id | None = None
-    client: str = ""
-    code: str = ""  # of what failed, or ended otherwise than it should
-    message: str = ""  # one sentence for people
 
 
 Reply = Union[
