@@ -27,13 +27,14 @@ class Watcher:
 
     def __init__(self, service) -> None:
         self.heard: list[Happened] = []
+        self.last: int | None = None  # what the daemon answered, where it did
         self.client = service.client(name="watcher", shared_memory=False)
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
 
     def _watch(self) -> None:
         with contextlib.suppress(XditError):  # the daemon was killed, or the client closed
-            self.client.watch(self.heard.append, after=0)
+            self.last = self.client.watch(self.heard.append, after=0)
 
     def wait(self, event: str, times: int = 1) -> Happened:
         return wait_for(lambda: self.of(event)[times - 1 :], event)[0]
@@ -99,7 +100,7 @@ def test_draining_is_told_and_a_daemon_that_stops_ends_the_watch(service, watche
     watcher.wait("draining")
     assert service.stop() == 0
     watcher.thread.join(30)
-    assert not watcher.thread.is_alive()
+    assert watcher.last == watcher.heard[-1].number, "it was answered, and not hung up on"
     assert [h.event for h in watcher.heard if "_" not in h.event] == ["serving", "draining", "stopping"]
 
 
