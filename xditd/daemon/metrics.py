@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 """Seconds: from an echo to a first step that compiles."""
 
-WORKS = ("denoise", "sample", "decode", "encode")
+WORKS = ("denoise", "sample", "decode", "encode", "encode_text")
 """Kinds of turns that are there from the beginning, at 0."""
 
 PATIENCE = 5.0
