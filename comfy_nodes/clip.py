@@ -79,7 +79,7 @@ class RemoteEncoder(comfy.sd1_clip.SDClipModel):
                 layer=None if self.layer == "last" else self.layer_idx,
                 final_norm=self.layer_norm_hidden_state,
                 pooled=pooled_as if self.has_pooled else "none",
-                on_event=daemon.tell,
+                on_event=daemon.telling(spec.model.name),
                 interrupt=daemon.interrupt,
             ),
             was_there=True,

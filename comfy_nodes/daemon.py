@@ -19,6 +19,9 @@ from .say import say
 RETURNS = 30.0
 """Seconds that a daemon which was just there is given to come back: systemd starts it again after one or two."""
 
+TIMEOUT = 10.0
+"""Seconds to find a daemon in, and for its answers that need no GPU: a person sits in front of the node."""
+
 T = TypeVar("T")
 
 _clients: dict[str, Client] = {}
@@ -30,7 +33,7 @@ def client(endpoint: str) -> Client:
     with _lock:
         if endpoint not in _clients:
             name = f"ComfyUI {comfyui_version.__version__}"
-            _clients[endpoint] = Client(endpoint or None, name=name)
+            _clients[endpoint] = Client(endpoint or None, name=name, timeout=TIMEOUT)
         return _clients[endpoint]
 
 
@@ -39,15 +42,23 @@ def interrupt() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def tell(event: Any) -> None:
-    """What the daemon says while one waits, shown on the node that waits."""
-    if isinstance(event, m.Queued):
-        if event.position:
-            say(f"⏳ {event.position} before this one")
-        elif event.phase != "waiting":
-            say(f"⏳ {event.phase}")
-    elif isinstance(event, m.Rebound):
-        say(f"⚠️ {event.reason}: it goes on with {event.group}; the result is a true one")
+def telling(what: str) -> Callable[[Any], None]:
+    """Shows on the node that waits what the daemon says while it does.
+
+    Args:
+        what: is waited for.
+    """
+
+    def tell(event: Any) -> None:
+        if isinstance(event, m.Queued):
+            if event.position:
+                say(f"⏳ {what}: {event.position} before it")
+            elif event.phase != "waiting":
+                say(f"⏳ {what}: {event.phase}")
+        elif isinstance(event, m.Rebound):
+            say(f"⚠️ {event.reason}: it goes on with {event.group}; the result is a true one")
+
+    return tell
 
 
 def patiently(ask: Callable[[], T], *, was_there: bool) -> T:

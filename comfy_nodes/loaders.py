@@ -16,7 +16,7 @@ from . import daemon
 from .clip import make_clip
 from .dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
 from .patcher import make_model, remote
-from .say import say
+from .say import say, telling_refusals
 from .vae import RemoteVAE, missing_vae
 
 CATEGORY = "xDiT/loaders"
@@ -110,18 +110,7 @@ class LoadCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        gpu_devices: str = "",
-        replicas: int = 1,
-        strategy: str = STRATEGIES[0],
-        allow_approximate: bool = False,
-        scheduling: str = SCHEDULINGS[0],
-        fallback: bool = False,
-    ) -> bool | str:
-        return _objection(gpu_devices, strategy, replicas, scheduling, allow_approximate, fallback)
-
-    @classmethod
+    @telling_refusals()
     def execute(cls, ckpt_name: str, **choices: Any) -> io.NodeOutput:
         spec = _dispatcher("checkpoints", ckpt_name, choices)
         loaded = _load(spec)
@@ -160,22 +149,10 @@ class LoadUNet(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        weight_dtype: str = "default",
-        gpu_devices: str = "",
-        replicas: int = 1,
-        strategy: str = STRATEGIES[0],
-        allow_approximate: bool = False,
-        scheduling: str = SCHEDULINGS[0],
-        fallback: bool = False,
-    ) -> bool | str:
-        if weight_dtype != "default":
-            return f"weight_dtype {weight_dtype} is not built yet; choose default."
-        return _objection(gpu_devices, strategy, replicas, scheduling, allow_approximate, fallback)
-
-    @classmethod
+    @telling_refusals()
     def execute(cls, unet_name: str, weight_dtype: str, **choices: Any) -> io.NodeOutput:
+        if weight_dtype != "default":
+            raise XditError(Code.NOT_BUILT, f"weight_dtype {weight_dtype} is not built yet; choose default.")
         spec = _dispatcher("diffusion_models", unet_name, choices)
         loaded = _load(spec)
         _done(spec, loaded)
@@ -200,10 +177,7 @@ class LoadVAE(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, gpu_devices: str = "") -> bool | str:
-        return _objection(gpu_devices)
-
-    @classmethod
+    @telling_refusals()
     def execute(cls, vae_name: str, **choices: Any) -> io.NodeOutput:
         spec = _dispatcher("vae", vae_name, choices)
         loaded = _load(spec)
@@ -260,17 +234,18 @@ def _clip_loader(
             )
 
         @classmethod
-        def validate_inputs(cls, device: str = "default", gpu_devices: str = "") -> bool | str:
-            if device != "default":
-                return "device cpu is not built yet: the daemon owns the devices; choose default and set gpu_devices."
-            return _objection(gpu_devices)
-
-        @classmethod
+        @telling_refusals()
         def execute(cls, type: str = types[0], device: str = "default", **choices: Any) -> io.NodeOutput:
+            if device != "default":
+                raise XditError(
+                    Code.NOT_BUILT,
+                    f"device {device} is not built yet: the daemon owns the devices; choose default and set gpu_devices.",
+                )
             specs = [_dispatcher("text_encoders", choices.pop(name), choices) for name in names]
-            encoders = [(spec, _load(spec).model) for spec in specs]
-            clip = make_clip(type, encoders)
-            say(f"✅ {' and '.join(info.name for _, info in encoders)}")
+            loaded = [_load(spec) for spec in specs]
+            clip = make_clip(type, [(spec, each.model) for spec, each in zip(specs, loaded, strict=True)])
+            lines = [_how(spec, each) for spec, each in zip(specs, loaded, strict=True)]
+            say(f"✅ {'; '.join(lines)}")
             return io.NodeOutput(clip)
 
     LoadCLIP.__name__ = LoadCLIP.__qualname__ = node_id
@@ -290,20 +265,6 @@ LoadTripleCLIP = _clip_loader(
 )
 
 NODES = [LoadCheckpoint, LoadUNet, LoadVAE, LoadCLIP, LoadDualCLIP, LoadTripleCLIP]
-
-
-def _objection(gpu_devices: str, *choices: Any) -> bool | str:
-    """True, or what is wrong with choices that can be judged before anything runs. ComfyUI checks all other inputs.
-
-    Args:
-        choices: strategy, replicas, scheduling, allow_approximate and fallback, where the node has them.
-    """
-    names = ("strategy", "replicas", "scheduling", "allow_approximate", "fallback")
-    try:
-        _plan({"gpu_devices": gpu_devices, **dict(zip(names, choices, strict=False))})
-    except XditError as error:
-        return error.message
-    return True
 
 
 def _plan(choices: dict[str, Any]) -> PlanRequest:
@@ -328,7 +289,9 @@ def _load(spec: Dispatcher) -> Loaded:
     """Has the daemon load it, or finds it warm."""
     client = daemon.client(spec.endpoint)
     loaded: Loaded = daemon.patiently(
-        lambda: client.load(spec.model, spec.plan, on_event=daemon.tell, interrupt=daemon.interrupt),
+        lambda: client.load(
+            spec.model, spec.plan, on_event=daemon.telling(spec.model.name), interrupt=daemon.interrupt
+        ),
         was_there=False,
     )
     return loaded
@@ -351,7 +314,10 @@ def _empty_prompt(clip: Any) -> dict[str, Any]:
 
 
 def _done(spec: Dispatcher, loaded: Loaded, *lacks: str) -> None:
-    how = "was warm" if loaded.warm else f"loaded in {loaded.seconds:.1f} s"
-    devices = ", ".join(loaded.plan.devices)
     lack = "".join(lacks)
-    say(f"{'⚠️' if lack else '✅'} {spec.model.name} {how} on {devices}{lack}")
+    say(f"{'⚠️' if lack else '✅'} {_how(spec, loaded)}{lack}")
+
+
+def _how(spec: Dispatcher, loaded: Loaded) -> str:
+    how = "was warm" if loaded.warm else f"loaded in {loaded.seconds:.1f} s"
+    return f"{spec.model.name} {how} on {', '.join(loaded.plan.devices)}"

@@ -15,7 +15,7 @@ from .daemon_loop import LOOPS, in_daemon
 from .dispatcher import Dispatcher
 from .loaders import DispatcherType
 from .patcher import remote
-from .say import say
+from .say import say, telling_refusals
 
 CATEGORY = "xDiT/sampling"
 
@@ -214,6 +214,7 @@ class KSamplerAdvanced(io.ComfyNode):
 NODES = [KSampler, KSamplerAdvanced]
 
 
+@telling_refusals()
 def _sample(model: Any, dispatcher: Dispatcher, loop: str, *arguments: Any, **named: Any) -> io.NodeOutput:
     leaf = remote(model)
     if leaf.dispatcher != dispatcher:
@@ -223,11 +224,6 @@ def _sample(model: Any, dispatcher: Dispatcher, loop: str, *arguments: Any, **na
             "choices differ; connect both from the same loader.",
         )
     begin = time.perf_counter()
-    try:
-        sampled = nodes.common_ksampler(in_daemon(model) if loop == "daemon" else model, *arguments, **named)
-    except XditError as error:
-        say(f"❌ {error.message}")
-        raise
-    seconds = time.perf_counter() - begin
-    say(f"{leaf.verdict()} in {seconds:.1f} s")
+    sampled = nodes.common_ksampler(in_daemon(model) if loop == "daemon" else model, *arguments, **named)
+    say(f"{leaf.verdict()} in {time.perf_counter() - begin:.1f} s")
     return io.NodeOutput(*sampled)

@@ -64,6 +64,7 @@ class Sampling:
         self.calls = 0
         self.remarks: list[str] = []
         self._plan = ""
+        self._tell = daemon.telling(dispatcher.model.name)
         self._run: Run | None = None
         self._was_there = False
         self._puts: dict[str, Put] = {}
@@ -134,7 +135,7 @@ class Sampling:
         )
 
     def _hear(self, event: Any) -> None:
-        daemon.tell(event)
+        self._tell(event)
         if isinstance(event, m.Rebound):
             self.remarks.append(f"{event.reason}; {event.group} went on")
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
+
+from xditd.protocol.errors import XditError
 
 log = logging.getLogger("xditd.nodes")
 
@@ -19,3 +23,13 @@ def say(text: str) -> None:
         log.info("%s", text)
     else:
         server.send_progress_text(text, context.node_id)
+
+
+@contextlib.contextmanager
+def telling_refusals() -> Iterator[None]:
+    """Shows a refusal on the node as well as in ComfyUI's own dialogue."""
+    try:
+        yield
+    except XditError as error:
+        say(f"❌ {error.message}")
+        raise

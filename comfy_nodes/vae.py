@@ -34,7 +34,12 @@ class RemoteAutoencoder(torch.nn.Module):
         try:
             result: torch.Tensor = daemon.patiently(
                 lambda: ask(
-                    spec.model, tensor, spec.plan, on_event=daemon.tell, interrupt=daemon.interrupt, **options
+                    spec.model,
+                    tensor,
+                    spec.plan,
+                    on_event=daemon.telling(spec.model.name),
+                    interrupt=daemon.interrupt,
+                    **options,
                 ),
                 was_there=True,
             )

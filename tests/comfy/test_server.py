@@ -238,20 +238,10 @@ def test_a_killed_rank_is_said_and_costs_no_picture(comfy: Comfy, service: Servi
 # -------------------------------------------------------------------------------------------------------- what it says
 
 
-def test_a_choice_that_is_not_built_is_refused_before_anything_runs(comfy: Comfy) -> None:
-    for name, value in {
-        "strategy": "PipeFusion",
-        "replicas": 2,
-        "scheduling": "adaptive",
-        "fallback": True,
-        "allow_approximate": True,
-        "gpu_devices": "0,zero",
-    }.items():
-        answer = comfy.post(
-            "prompt", {"prompt": flux(comfy, **{f"XDiTUNETLoader.{name}": value}), "client_id": comfy.client}
-        )
-        details = json.dumps(answer.get("node_errors"), ensure_ascii=False)
-        assert "not have" in details or "names no device" in details, (name, answer)
+def test_a_choice_that_is_not_built_is_refused_in_one_sentence(comfy: Comfy) -> None:
+    outcome = comfy.run(flux(comfy, seed=60, **{"XDiTUNETLoader.strategy": "PipeFusion"}))
+    assert "does not have the strategy PipeFusion yet; choose" in outcome.error["exception_message"]
+    assert any(text.startswith("❌") for text in outcome.texts), outcome.texts
 
 
 def test_a_device_that_is_not_there_is_said_on_the_node(comfy: Comfy) -> None:

@@ -113,8 +113,12 @@ def test_a_file_that_the_daemon_does_not_see_is_named(service: Service, folder: 
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
-def test_a_choice_that_cannot_be_is_refused_before_anything_runs(choice: dict[str, Any], word: str) -> None:
-    assert word in str(loaders.LoadUNet.validate_inputs(**choice))
+def test_a_choice_that_cannot_be_is_refused_before_the_daemon_is_asked(
+    choice: dict[str, Any], word: str
+) -> None:
+    nobody = {"weight_dtype": "default", "endpoint": "ipc:///nobody/there.sock", **choice}
+    with pytest.raises(XditError, match=word):
+        loaders.LoadUNet.execute(folder_paths.get_filename_list("diffusion_models")[0], **nobody)
 
 
 def test_a_chinese_comma_is_a_comma_too() -> None:
