@@ -86,6 +86,7 @@ PURE = (
     "daemon/groups.py",
     "daemon/planner.py",
     "daemon/runs.py",
+    "daemon/scheduling.py",
     "daemon/states.py",
     "daemon/turns.py",
     "daemon/work.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xditd.daemon.planner import plan
+from xditd.daemon.planner import plan, replicas
 from xditd.protocol import messages as m
 from xditd.protocol.errors import XditError
 
@@ -113,3 +113,45 @@ def test_what_cannot_be_is_refused_with_what_would_work(request_, code, word):
         plan(request_, flux(), GPUS)
     assert refused.value.code == code
     assert word in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (m.PlanRequest(devices=("0-7",)), ["01234567"]),
+        (m.PlanRequest(devices=("0-7",), replicas=1), ["01234567"]),
+        (m.PlanRequest(devices=("0-7",), replicas=2), ["0123", "4567"]),
+        (m.PlanRequest(replicas=4), ["01", "23", "45", "67"]),
+        (m.PlanRequest(replicas=8), list("01234567")),
+        (m.PlanRequest(replicas=3, ulysses=2), ["01", "23", "45"]),
+        (m.PlanRequest(replicas=2, devices=("5", "1", "cuda:2", "0")), ["51", "20"]),
+    ],
+)
+def test_devices_are_dealt_out_in_their_order(request_, expected):
+    plans = replicas(request_, flux(), GPUS)
+    assert ["".join(name[-1] for name in made.devices) for made in plans] == expected
+    assert all(degrees(made)[0] * degrees(made)[1] == len(made.devices) for made in plans)
+
+
+def test_replicas_of_what_takes_one_device_take_one_each():
+    assert [made.devices for made in replicas(m.PlanRequest(replicas=2), VAE, GPUS)] == [
+        ("cuda:0",),
+        ("cuda:1",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (m.PlanRequest(replicas=3), ["8 devices", "3 replicas", "1 or 2 or 4 or 8"]),
+        (m.PlanRequest(replicas=9), ["9 replicas"]),
+        (m.PlanRequest(replicas=5, ulysses=2), ["needs 10 devices", "owns 8"]),
+        (m.PlanRequest(replicas=2, ulysses=3, devices=("0-7",)), ["ulysses 3", "4 devices"]),
+        (m.PlanRequest(scheduling="random"), ["'random'", "round_robin", "adaptive"]),
+    ],
+)
+def test_replicas_that_do_not_come_out_even_are_refused_with_what_would(request_, words):
+    with pytest.raises(XditError, match="bad_plan") as refused:
+        replicas(request_, flux(), GPUS)
+    for word in words:
+        assert word in refused.value.message

@@ -8,8 +8,12 @@ guided is not known when its model is loaded; a VAE or a text encoder takes one 
 from __future__ import annotations
 
 import math
+import re
+
+from msgspec import structs
 
 from xditd.catalog.families import family
+from xditd.daemon.scheduling import POLICIES
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
 
@@ -20,6 +24,36 @@ LATER = ("pipefusion", "tensor")
 
 GUIDED = 2
 """Calls of a step with classifier-free guidance: the degree of the strategy cfg, unless another is named."""
+
+
+def replicas(request: PlanRequest, info: ModelInfo, owned: list[str]) -> tuple[Plan, ...]:
+    """The plan of every replica: the devices are dealt out in their order, as many to each.
+
+    Raises:
+        XditError: as `plan`; `bad_plan` where the devices cannot be shared out evenly.
+    """
+    if request.scheduling not in POLICIES:
+        raise XditError(
+            Code.BAD_PLAN, f"There is no scheduling {request.scheduling!r}; choose {', '.join(POLICIES)}."
+        )
+    count = request.replicas or 1
+    if count == 1:
+        return (plan(request, info, owned),)
+    given = _degrees(request)
+    each = math.prod(given.values()) if given or not family(info.family).parallel else 0
+    devices = _devices(request.devices, owned, wanted=each * count or len(owned))
+    if len(devices) % count:
+        fitting = [str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise XditError(
+            Code.BAD_PLAN,
+            f"{len(devices)} devices cannot be shared out evenly to {count} replicas; "
+            f"{' or '.join(fitting)} would go, or another number of devices.",
+        )
+    size = len(devices) // count
+    return tuple(
+        plan(structs.replace(request, devices=devices[first : first + size]), info, owned)
+        for first in range(0, len(devices), size)
+    )
 
 
 def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
@@ -44,13 +78,7 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
             Code.BAD_PLAN,
             f"There is no strategy {request.strategy!r}; choose auto, USP, Hybrid, CFG, PipeFusion or Tensor.",
         )
-    given = {
-        name: getattr(request, name)
-        for name in ("cfg", "ulysses", "ring", "pipefusion", "tensor")
-        if getattr(request, name)
-    }
-    if strategy == "cfg":
-        given.setdefault("cfg", GUIDED)
+    given = _degrees(request)
     product = math.prod(given.values())
     single = not family(info.family).parallel
     devices = _devices(request.devices, owned, wanted=product if given else (1 if single else len(owned)))
@@ -75,6 +103,15 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
     return chosen
 
 
+def _degrees(request: PlanRequest) -> dict[str, int]:
+    """The degrees that were asked for, by name or by the strategy."""
+    named = {name: getattr(request, name) for name in ("cfg", "ulysses", "ring", "pipefusion", "tensor")}
+    given = {name: degree for name, degree in named.items() if degree}
+    if request.strategy.lower() == "cfg":
+        given.setdefault("cfg", GUIDED)
+    return given
+
+
 def _devices(names: tuple[str, ...], owned: list[str], wanted: int) -> tuple[str, ...]:
     if not names:
         if wanted > len(owned):
@@ -84,7 +121,7 @@ def _devices(names: tuple[str, ...], owned: list[str], wanted: int) -> tuple[str
             )
         return tuple(owned[:wanted])
     resolved = []
-    for name in names:
+    for name in (single for given in names for single in _spread(given)):
         matches = [device for device in owned if name in (device, device.partition(":")[2])]
         if not matches:
             raise XditError(
@@ -94,6 +131,12 @@ def _devices(names: tuple[str, ...], owned: list[str], wanted: int) -> tuple[str
     if len(set(resolved)) != len(resolved):
         raise XditError(Code.BAD_DEVICE, f"A device is named twice in {', '.join(names)}.")
     return tuple(resolved)
+
+
+def _spread(name: str) -> list[str]:
+    """ "0-3" is "0", "1", "2", "3"; any other name is itself."""
+    span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", name)
+    return [name] if span is None else [str(index) for index in range(int(span[1]), int(span[2]) + 1)]
 
 
 def _fill(degrees: dict[str, int], rest: int, info: ModelInfo) -> dict[str, int]:
