@@ -309,7 +309,7 @@ def test_a_load_that_waits_is_reason_enough_to_start_again():
     world, run = waiting_for_the_third_generation()
     world.core.stop(run, "cancelled", world.now)
     fleet = world.core.fleet
-    fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.key, world.now)
+    fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.keys, world.now)
     world.pass_time(9.0)
     world.ready(world.started[2])
     assert isinstance(world.end_of(99), m.Loaded)
@@ -317,7 +317,7 @@ def test_a_load_that_waits_is_reason_enough_to_start_again():
 
 def test_a_daemon_that_stops_starts_no_group_again_and_says_so():
     world, run = waiting_for_the_third_generation()
-    world.core.fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.key, world.now)
+    world.core.fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.keys, world.now)
     world.core.close(world.now)
     assert world.end_of(99).code == "stopping"
     world.pass_time(9.0)
@@ -330,7 +330,7 @@ def test_an_explicit_load_forgives():
     world = World(restart_limit=1)
     run = world.open()
     world.die(world.started[-1])
-    world.core.fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.key, world.now)
+    world.core.fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.keys, world.now)
     assert len(world.started) == 2
     world.ready(world.started[-1])
     assert isinstance(world.end_of(99), m.Loaded)
@@ -339,7 +339,7 @@ def test_an_explicit_load_forgives():
 def test_a_load_of_what_is_ready_is_answered_at_once():
     world = World()
     run = world.open_ready()
-    world.core.fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.key, world.now)
+    world.core.fleet.load(b"ctl", m.Load(id=99, model=REF), run.found, run.keys, world.now)
     assert world.end_of(99).warm
 
 

@@ -123,7 +123,7 @@ class Daemon(RuleBasedStateMachine):
         assert world.core.runs == {}
         assert all(group.state == "gone" for group in world.core.fleet.groups.values())
         assert world.core.turns.busy == set()
-        assert world.core.turns.waiting == []
+        assert not world.core.turns.waiting
         for request in self.requests:
             world.end_of(request)
 

@@ -76,7 +76,7 @@ def test_a_group_whose_ranks_cannot_be_started_fails_with_the_reason(
         world.core.ranks = world.core.fleet.ranks = ranks
 
         run = world.open()
-        world.core.fleet.load(b"ctl", m.Load(id=99, model=run.ref), run.found, run.key, world.now)
+        world.core.fleet.load(b"ctl", m.Load(id=99, model=run.ref), run.found, run.keys, world.now)
         assert not any(isinstance(answer, m.Failed) for _, answer in world.answers)  # not in mid-decision
         for _ in range(3):
             await asyncio.sleep(0)

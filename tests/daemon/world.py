@@ -1,4 +1,4 @@
-"""A world for the daemon's core: it writes down what the core asks for, and plays the ranks and the clock."""
+"""A world for the daemon's core: it writes down what the core asks for, and plays the ranks, their memory and the clock."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from xditd.catalog.catalog import Found
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fleet import Deadlines
 from xditd.daemon.groups import Group, Restarts
+from xditd.daemon.ports import Memory
+from xditd.daemon.residency import Keep, Residency
 from xditd.daemon.runs import Key, Run
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
@@ -25,9 +27,16 @@ VAE = m.ModelRef(kind="vae", name="ae.safetensors")
 LATENT = Tensor(dtype="float32", shape=(1, 16, 8, 8), segment=1)
 
 
-def info(name: str, family: str) -> m.ModelInfo:
+def info(name: str, family: str, parameters: int = 1) -> m.ModelInfo:
     return m.ModelInfo(
-        kind="", name=name, part="", family=family, variant="", dtype="float32", bytes=1, parameters=1
+        kind="",
+        name=name,
+        part="",
+        family=family,
+        variant="",
+        dtype="float32",
+        bytes=1,
+        parameters=parameters,
     )
 
 
@@ -38,6 +47,15 @@ class World:
     devices: tuple[str, ...] = ("cpu:0", "cpu:1")
     restart_limit: int = 3
     restart_backoff: float = 0.0
+    places: int = 32
+    queue: int = 256
+    memory_total: int | None = None  # bytes that models may take; None: not counted
+    memory_others: int = 0  # of it, that other programs hold
+    keep: Keep = field(default_factory=Keep)
+    patience: float = 30.0
+    weights: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)  # of models by name; four bytes each
+    turn_seconds: float = 0.1  # that ranks say a turn took
     now: float = 1000.0
     answers: list[tuple[bytes, Struct]] = field(default_factory=list)
     orders: list[tuple[str, Struct]] = field(default_factory=list)
@@ -47,7 +65,17 @@ class World:
 
     def __post_init__(self) -> None:
         restarts = Restarts(self.restart_limit, 300.0, self.restart_backoff)
-        self.core = Dispatcher(self, self, DEADLINES, restarts, ended=lambda run: self.ended.append(run.id))
+        self.core = Dispatcher(
+            self,
+            self,
+            DEADLINES,
+            restarts,
+            Residency(self, self.keep, margin=0, patience=self.patience),
+            queue=self.queue,
+            places=self.places,
+            weights=self.weights,
+            ended=lambda run: self.ended.append(run.id),
+        )
         self._requests = 0
 
     # What the core asks for.
@@ -66,17 +94,52 @@ class World:
     def kill(self, group: Group) -> None:
         self.killed.append(group)
 
+    def memory(self, pool: str) -> Memory | None:
+        """What is free by the device: groups hold what they were counted with, from their start to their end."""
+        if self.memory_total is None:
+            return None
+        groups = self.core.fleet.groups.values()
+        held = self.core.fleet.residency.resident(groups, pool)
+        return Memory(self.memory_total, self.memory_total - self.memory_others - held)
+
     # What happens in the world.
 
     def request(self) -> int:
         self._requests += 1
         return self._requests
 
-    def open(self, peer: bytes = b"comfy", ref: m.ModelRef = REF, devices: tuple[str, ...] = ()) -> Run:
+    def open(
+        self,
+        peer: bytes = b"comfy",
+        ref: m.ModelRef = REF,
+        devices: tuple[str, ...] = (),
+        replicas: int = 1,
+        scheduling: str = "round_robin",
+        **arguments: Any,
+    ) -> Run:
+        """A run of a model on the devices, or on equal shares of them."""
+        found, keys = self.what(ref, devices, replicas)
+        plan = m.PlanRequest(scheduling=scheduling)
+        request = m.OpenRun(id=self.request(), model=ref, plan=plan, **arguments)
+        return self.core.open(peer, "test", request, found, keys, self.now)
+
+    def load(self, ref: m.ModelRef = REF, devices: tuple[str, ...] = (), replicas: int = 1) -> int:
+        request = m.Load(id=self.request(), model=ref)
+        self.core.fleet.load(b"ctl", request, *self.what(ref, devices, replicas), self.now)
+        return request.id
+
+    def what(
+        self, ref: m.ModelRef, devices: tuple[str, ...] = (), replicas: int = 1
+    ) -> tuple[Found, tuple[Key, ...]]:
         devices = devices or self.devices
-        found = Found(path=f"/{ref.name}", info=info(ref.name, "echo"), prefix="")
-        key = Key(found.path, "", "float32", m.Plan(devices=devices, ulysses=len(devices)))
-        return self.core.open(peer, "test", m.OpenRun(id=self.request(), model=ref), found, key, self.now)
+        size = len(devices) // replicas
+        found = Found(
+            path=f"/{ref.name}", info=info(ref.name, "echo", self.parameters.get(ref.name, 1)), prefix=""
+        )
+        shares = [devices[first : first + size] for first in range(0, size * replicas, size)]
+        return found, tuple(
+            Key(found.path, "", "float32", m.Plan(devices=share, ulysses=size)) for share in shares
+        )
 
     def open_ready(self, **arguments: Any) -> Run:
         run = self.open(**arguments)
@@ -106,7 +169,7 @@ class World:
     def finish_turn(self, group: Group) -> None:
         """Rank 0 reports the turn that the group is in."""
         assert group.turn is not None
-        done = o.TurnDone(order=group.turn, outputs=(LATENT,), seconds=0.1)
+        done = o.TurnDone(order=group.turn, outputs=(LATENT,), seconds=self.turn_seconds)
         self.core.turn_done(group, done, (), self.now)
 
     def die(self, group: Group, rank: int = 0) -> None:

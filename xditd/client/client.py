@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import PurePath
 from types import TracebackType
@@ -26,6 +26,9 @@ OnEvent = Callable[[Union[m.Queued, m.Rebound, m.Progress]], None]
 
 _WATCHED = 64
 """Events after which a watch asks on."""
+
+_GONE = 60.0
+"""Seconds to wait for groups to be gone: they end with the turn that they are in."""
 
 _CLOSED = XditError(Code.DAEMON_LOST, "This client was closed; make a new Client.")
 
@@ -136,9 +139,19 @@ class Client:
     def unload(
         self, model: m.ModelRef | str | None = None, *, group: str = "", force: bool = False
     ) -> m.Unloaded:
-        """Ends the groups of a model, or the one named; those with runs only by force."""
+        """Ends the groups of a model, or the one named; those with runs only by force. Returns when they are gone."""
         fields = {"model": None if model is None else _model(model), "group": group, "force": force}
-        return self._ask(m.Unload, fields, self._timeout)
+        return self._ask(m.Unload, fields, max(self._timeout, _GONE))
+
+    def free_memory(self, nbytes: int = 0, devices: Sequence[str] = ()) -> m.MemoryFreed:
+        """Ends models that no run uses, until each device has so many bytes back. Returns when they are gone.
+
+        Args:
+            nbytes: 0 is all that can be given back.
+            devices: by the names of `status`; none is all.
+        """
+        fields = {"bytes": nbytes, "devices": tuple(devices)}
+        return self._ask(m.FreeMemory, fields, max(self._timeout, _GONE))
 
     def open_run(
         self,
@@ -146,6 +159,7 @@ class Client:
         plan: m.PlanRequest | None = None,
         *,
         label: str = "",
+        priority: int = 0,
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
@@ -156,11 +170,17 @@ class Client:
             model: "kind/name" or a ModelRef.
             plan: None leaves it to the planner.
             label: for people who read `xditctl status`.
+            priority: −2 to 2; each step is worth twice the share of turns, and a minute of waiting.
             on_event: hears `Queued` now and the run's `Rebound` and `Progress` later, in the thread that waits.
             interrupt: called every 20 ms; what it raises takes the run out of the queue and is passed on.
             timeout: seconds; None waits for as long as it takes.
         """
-        fields = {"model": _model(model), "plan": plan or m.PlanRequest(), "label": label}
+        fields = {
+            "model": _model(model),
+            "plan": plan or m.PlanRequest(),
+            "label": label,
+            "priority": priority,
+        }
         queued = 0
 
         def hear(event: Any, frames: list[Any]) -> None:

@@ -7,6 +7,7 @@ documented in systemd/xditd.toml.example and docs/configuration.md; a test holds
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,11 @@ Size = Annotated[int, Meta(ge=0, le=1 << 50, extra={"unit": "bytes"})]
 Seconds = Annotated[float, Meta(gt=0, le=7 * 86400, extra={"unit": "seconds"})]
 """Seconds; a file may also say "90s", "5min" or "2h"."""
 
+Keeping = Annotated[float, Meta(ge=0, extra={"unit": "keep"})]
+"""Seconds that a model stays unused; a file may also say "10min", "forever" or "never"."""
+
+Weight = Annotated[float, Meta(gt=0, le=1e6)]
+
 FilePath = Annotated[str, Meta(max_length=4096, extra={"unit": "path"})]
 """A path; "~" is expanded and a relative one begins at the configuration file's folder."""
 
@@ -42,6 +48,9 @@ class Devices(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cpu_ranks: Annotated[int, Meta(ge=1, le=64)] = 2  # devices "cpu:0"… of a daemon without GPUs
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0  # of a CPU rank; 0 shares the cores out evenly
     reserve_memory: Size = 0  # of each GPU, left to other programs (a ComfyUI on the same GPU)
+    activation_memory: Size = 512 << 20  # of each rank, counted beside its weights
+    cpu_memory: Size = 0  # that models on CPU ranks may take, together; 0: not counted
+    weights: dict[str, Weight] = field(default_factory=dict)  # by device: shares of weighted_round_robin
 
     def threads_per_rank(self, cores: int) -> int:
         """Threads of one CPU rank on a machine with that many cores: at least 1."""
@@ -62,6 +71,7 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ring: Annotated[int, Meta(ge=0, le=1024)] = 0
     pipefusion: Annotated[int, Meta(ge=0, le=1024)] = 0
     tensor: Annotated[int, Meta(ge=0, le=1024)] = 0
+    replicas: Annotated[int, Meta(ge=0, le=1024)] = 0  # groups that share the devices; 0 is one
 
     @property
     def ref(self) -> ModelRef:
@@ -78,6 +88,7 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             ring=self.ring,
             pipefusion=self.pipefusion,
             tensor=self.tensor,
+            replicas=self.replicas,
         )
 
 
@@ -89,6 +100,9 @@ class Models(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     folders: dict[str, tuple[FilePath, ...]] = field(default_factory=dict)  # kind to folders, searched first
     follow_symlinks: bool = False  # links below a folder may lead out of it
     preload: tuple[Preload, ...] = ()
+    keep_alive: Keeping = math.inf  # how long a model stays that no run uses, unless its room is needed
+    keep_alive_of: dict[str, Keeping] = field(default_factory=dict)  # the same by "kind/name"
+    patience: Seconds = 30.0  # a model that waits for room, until those in use make it
 
 
 class Arena(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,6 +125,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     runs_per_client: Count = 16  # open at once
     queue: Count = 256  # runs waiting, of all clients
+    runs_per_group: Count = 32  # that take turns on one group; further ones wait
     clients: Count = 256  # connected at once
 
 
@@ -121,6 +136,7 @@ class Deadlines(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     first_turn: Seconds = 900.0  # a group's first turn: it may compile
     turn: Seconds = 300.0  # any later turn
     run_idle: Seconds = 120.0  # a run whose client asks for nothing
+    queued: Seconds = 3600.0  # a run that waits for its first place on a group
     stop: Seconds = 5.0  # ranks, from being told to leave to being killed
     drain: Seconds = 30.0  # runs under way when the daemon is told to stop
 

@@ -1,12 +1,13 @@
 """A TOML file and a struct that says what may be in it: units resolved, misspelt keys refused.
 
 Knows nothing of what the keys mean. A struct's field asks for a unit through `Meta(extra={"unit": …})`:
-"bytes", "seconds" or "path".
+"bytes", "seconds", "keep" (seconds, "forever" or "never") or "path".
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ import msgspec
 from msgspec import Struct
 
 from xditd.protocol.errors import Code, XditError
+
+_KEEP = {"forever": math.inf, "never": 0.0}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -139,6 +142,8 @@ class _Reading:
             return parse_size(text)
         if unit == "seconds":
             return parse_seconds(text)
+        if unit == "keep":
+            return _KEEP[text] if text in _KEEP else parse_seconds(text)
         return str(self.base / Path(text).expanduser()) if text else ""
 
 

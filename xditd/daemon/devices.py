@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
+from xditd.daemon.ports import Memory
 from xditd.protocol.errors import Code, XditError
 
 log = logging.getLogger(__name__)
@@ -54,13 +57,44 @@ def own(kind: str, use: Sequence[str], cpu_ranks: int) -> list[Device]:
     return [Device(f"cpu:{index}", "CPU") for index in range(cpu_ranks)]
 
 
-def free_memory(device: Device) -> int | None:
-    """Bytes free on a GPU; None for a CPU, whose memory is the machine's."""
-    if device.handle is None:
-        return None
-    import pynvml
+class Memories:
+    """What devices say of their memory now, for whoever decides which models have room.
 
-    return int(pynvml.nvmlDeviceGetMemoryInfo(device.handle).free)
+    Args:
+        reserve: bytes of each GPU that are not ours.
+        cpu: bytes that CPU ranks may take, all of them together; 0: theirs is not counted.
+    """
+
+    def __init__(self, devices: Sequence[Device], reserve: int = 0, cpu: int = 0) -> None:
+        self._devices = {device.name: device for device in devices}
+        self._reserve = reserve
+        self._cpu = cpu
+
+    def memory(self, pool: str) -> Memory | None:
+        """Of a GPU by its name, of all CPU ranks by "cpu"; None where it is not counted."""
+        if pool == "cpu":
+            return Memory(self._cpu, int(psutil.virtual_memory().available)) if self._cpu else None
+        told = self._told(pool)
+        if told is None:
+            return None
+        return Memory(max(0, told.total - self._reserve), max(0, told.free - self._reserve))
+
+    def total_and_used(self, device: str) -> tuple[int | None, int | None]:
+        """Bytes of a device, by all processes, whether they are counted or not."""
+        if self._devices[device].handle is None:
+            machine = psutil.virtual_memory()
+            return int(machine.total), int(machine.total - machine.available)
+        told = self._told(device)
+        return (told.total, told.total - told.free) if told is not None else (None, None)
+
+    def _told(self, device: str) -> Memory | None:
+        import pynvml
+
+        try:
+            told = pynvml.nvmlDeviceGetMemoryInfo(self._devices[device].handle)
+        except pynvml.NVMLError:
+            return None
+        return Memory(int(told.total), int(told.free))
 
 
 def _gpus() -> list[Device]:

@@ -8,20 +8,25 @@ No socket, clock, process or device is in here, so its tests need none. The way 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from xditd.catalog.catalog import Found
 from xditd.daemon.fleet import LOST, Deadlines, Fleet
 from xditd.daemon.groups import Group, Restarts
+from xditd.daemon.placing import Placing
 from xditd.daemon.ports import ClientPort, RankPort
+from xditd.daemon.residency import Residency
 from xditd.daemon.runs import MAX_REBINDS, Asked, Key, Run, Work
 from xditd.daemon.turns import Turns
-from xditd.daemon.work import alone, answer, begin, failed, progress, spell, turn
+from xditd.daemon.work import alone, answer, begin, effort, failed, progress, spell, turn
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code, XditError
+
+TELL_EVERY = 1.0
+"""Seconds between two looks at who has moved up in the line."""
 
 
 class Dispatcher:
@@ -33,56 +38,73 @@ class Dispatcher:
         ranks: RankPort,
         deadlines: Deadlines,
         restarts: Restarts,
+        residency: Residency,
         *,
         queue: int = 256,
+        places: int = 32,
+        weights: Mapping[str, float] | None = None,
         ended: Callable[[Run], None] = lambda run: None,
     ) -> None:
         """
         Args:
             queue: runs that may wait at once.
+            places: runs that one group takes at once.
+            weights: of devices, for `weighted_round_robin`.
             ended: called once for every run, when it has ended.
         """
         self.clients = clients
         self.ranks = ranks
         self.deadlines = deadlines
         self.queue = queue
+        self.placing = Placing(places, weights or {})
         self.ended = ended
         self.noticed: Callable[[Group], None] = lambda group: None  # called when a group's state has changed
         self.turned: Callable[[Asked, float], None] = lambda asked, seconds: None  # called after every turn
-        self.fleet = Fleet(clients, ranks, deadlines, restarts, self)
+        self.gone: Callable[[Group, float], None] = lambda group, now: None
+        self.fleet = Fleet(clients, ranks, deadlines, restarts, residency, self)
         self.turns = Turns()
         self.runs: dict[int, Run] = {}
         self.draining = False
         self._ids = count(1)
+        self._settling = False
+        self._changed = False  # a run has ended: its place is free
+        self._told_at = 0.0
 
     # -------------------------------------------------------------------------------------- from clients
 
-    def open(self, peer: bytes, client: str, request: m.OpenRun, found: Found, key: Key, now: float) -> Run:
+    def open(
+        self, peer: bytes, client: str, request: m.OpenRun, found: Found, keys: tuple[Key, ...], now: float
+    ) -> Run:
         """Queues a run. `RunOpened` follows when a group is ready for it.
 
+        Args:
+            keys: of the replicas, any of which may take it.
+
         Raises:
-            XditError: `draining`, `queue_full`, `model_failed`.
+            XditError: `draining`, `queue_full`, `model_failed`, `out_of_memory`.
         """
         self.refuse_if_draining()
         if sum(run.state == "queued" for run in self.runs.values()) >= self.queue:
             raise XditError(Code.QUEUE_FULL, f"{self.queue} runs are waiting already; try again later.")
-        self.fleet.want(key, request.model, found, now)
+        self.fleet.want(keys, request.model, found, now)
         run = Run(
             id=next(self._ids),
             peer=peer,
             client=client,
             ref=request.model,
             found=found,
-            key=key,
+            keys=keys,
             opened=now,
             reopen=request.id,
             label=request.label,
+            priority=request.priority,
+            scheduling=request.plan.scheduling,
             touched=now,
         )
         self.runs[run.id] = run
-        self._place(now)
+        self.settle(now)
         if run.state == "queued":
-            self._tell_position(run)
+            self._tell([run], now)
         return run
 
     def refuse_if_draining(self) -> None:
@@ -110,13 +132,18 @@ class Dispatcher:
             )
         run.touched = now
         run.asked = Asked(work, frames)
+        run.effort = effort(work)
         if run.state == "bound":
             run.go("ask")
-            self.turns.ask(run.id)
+            self._ask_turn(run)
             self._next_turn(now)
 
     def stop(self, run: Run, message: str, now: float) -> None:
         """Ends a run: now, or with the turn that it is in. `ended` tells when."""
+        self._stop(run, message, now)
+        self.settle(now)
+
+    def _stop(self, run: Run, message: str, now: float) -> None:
         if self.turns.has(run.id):
             run.leaving = message
         else:
@@ -126,10 +153,10 @@ class Dispatcher:
         """Tells groups to leave.
 
         Raises:
-            XditError: `group_busy` without `force` where runs are on one.
+            XditError: `group_busy` without `force` where runs are on one, or wait for it.
         """
         for group in groups:
-            runs = [run.id for run in self.runs_on(group)]
+            runs = [run.id for run in (*self.runs_on(group), *self._waiting_for(group))]
             if runs and not force:
                 raise XditError(
                     Code.GROUP_BUSY,
@@ -138,26 +165,39 @@ class Dispatcher:
                     runs=runs,
                 )
         for group in groups:
-            for run in self.runs_on(group):
-                self.stop(run, f"Group {group.name} was unloaded by force.", now)
+            for run in (*self.runs_on(group), *self._hopeless(group, *groups)):
+                self._stop(run, f"Group {group.name} was unloaded by force.", now)
             self.fleet.leave(group, now)  # behind the turn that it may be in
+        self.settle(now)
+
+    def free_memory(self, nbytes: int, devices: Sequence[str], now: float) -> list[Group]:
+        """Ends models that no run uses, until each device has so many bytes back; 0 is all. Returns the groups."""
+        groups = list(self.fleet.groups.values())
+        chosen = self.fleet.residency.to_free(nbytes, devices, groups, self.uses, now)
+        for group in chosen:
+            group.problem = "Ended to give memory back"
+            self.fleet.leave(group, now)
+        return chosen
 
     def client_gone(self, peer: bytes, segments: tuple[int, ...], now: float) -> None:
         """A client's connection ended: its runs end, the ranks drop its segments."""
         for run in [run for run in self.runs.values() if run.peer == peer]:
-            self.stop(run, "Its client is gone.", now)
+            self._stop(run, "Its client is gone.", now)
         self.fleet.forget_peer(peer)
+        self.turns.forget_client(peer)
         if segments:
             for group in self.fleet.groups.values():
                 if group.state == "ready":  # in line after any turn that still uses them
                     self.ranks.order(group, o.DropSegments(segments=segments))
+        self.settle(now)
 
     def close(self, now: float) -> None:
         """The daemon stops: every run ends, every group leaves."""
         self.draining = True
         for run in list(self.runs.values()):
-            self.stop(run, "The daemon is stopping.", now)
+            self._stop(run, "The daemon is stopping.", now)
         self.fleet.close(now)
+        self.settle(now)
 
     # ---------------------------------------------------------------------------------------- from ranks
 
@@ -166,9 +206,11 @@ class Dispatcher:
         run = self._turn_over(group, report.order, now)
         if run is not None and run.asked is not None:
             group.turns += 1
-            group.ranks[0].device_memory = report.device_memory
+            group.ranks[0].device_memory = report.device_memory or group.ranks[0].device_memory
+            if group.turns > 1:  # the first may have compiled
+                self.placing.experience.turn(group.key, report.seconds, run.effort)
             self._advance(run, run.asked, report, frames, now)
-        self._next_turn(now)
+        self._after_turn(now)
 
     def rank_failed(self, group: Group, report: o.RankFailed, now: float) -> None:
         """A rank raised. If it serves on, only the request failed; else the group has."""
@@ -178,36 +220,51 @@ class Dispatcher:
         run = self._turn_over(group, report.order, now)
         if run is not None and run.asked is not None:
             self._refuse(run, report.code, report.message, now)
-        self._next_turn(now)
+        self._after_turn(now)
 
     # ------------------------------------------------------------------------------------ from the clock
 
     def tick(self, now: float) -> None:
         """Deadlines: of groups and turns, and of runs that are asked nothing."""
         self.fleet.tick(now)
-        limit = self.deadlines.run_idle
+        idle, queued = self.deadlines.run_idle, self.deadlines.queued
         for run in list(self.runs.values()):
-            if run.state == "bound" and now - run.touched > limit:
+            if run.state == "bound" and now - run.touched > idle:
                 message = (
-                    f"Run {run.id} was asked nothing for {limit:g} s (deadlines.run_idle); open a new one."
+                    f"Run {run.id} was asked nothing for {idle:g} s (deadlines.run_idle); open a new one."
                 )
                 self._end(run, Code.RUN_IDLE, message, now)
+            elif run.state == "queued" and not run.announced and now - run.opened > queued:
+                message = f"Run {run.id} has waited for {queued:g} s (deadlines.queued); try again later."
+                self._end(run, Code.DEADLINE_EXCEEDED, message, now)
+        self.settle(now)
+        if now - self._told_at >= TELL_EVERY:
+            self._told_at = now
+            self._tell([run for run in self.runs.values() if run.state == "queued"], now)
 
     # ------------------------------------------------------------------------------------ from the fleet
 
     def wanted(self, group: Group) -> bool:
-        return any(run.state == "queued" and run.key == group.key for run in self.runs.values())
+        return bool(self._waiting_for(group)) or (
+            # A replica that failed comes again as long as somebody counts on the set.
+            bool(group.code) and any(group.key in run.keys for run in self.runs.values())
+        )
 
-    def group_starting(self, group: Group) -> None:
-        for run in self._waiting_for(group):
-            self._tell_position(run)
+    def uses(self, group: Group) -> bool:
+        return self.holds(group) or bool(self._waiting_for(group))
+
+    def holds(self, group: Group) -> bool:
+        return any(run.group == group.name for run in self.runs.values())
+
+    def group_starting(self, group: Group, now: float) -> None:
+        self._tell(self._waiting_for(group), now)
 
     def group_ready(self, group: Group, now: float) -> None:
         self.noticed(group)
-        self._place(now)
+        self.placing.experience.load(group.key, group.ready_after or 0.0)
 
     def group_failed(self, group: Group, now: float) -> None:
-        """Takes its runs back into the queue.
+        """Takes its runs back into the queue; another replica may take them at once.
 
         What raised in a rank is refused, since it would raise again; what a rank died or hung over is asked
         again of the next group.
@@ -221,18 +278,32 @@ class Dispatcher:
                 self._refuse(run, group.code, group.problem, now)
             if not run.over:
                 self._take_back(run, group, lost, now)
-        self._next_turn(now)
 
     def group_gone(self, group: Group, now: float) -> None:
         self.noticed(group)
         self._turn_over(group, group.turn, now)
         for run in self.runs_on(group):
             self._end(run, Code.RUN_CANCELLED, run.leaving or group.problem, now)
-        self._next_turn(now)
+        self.turns.forget_group(group.name)
+        self.gone(group, now)
 
     def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
-        for run in self._waiting_for(group):
+        for run in self._hopeless(group):
             self._end(run, code, message, now)
+
+    def settle(self, now: float) -> None:
+        """Starts what has room, binds runs for which there is a place, gives turns."""
+        if self._settling:  # whoever is at it looks again
+            return
+        self._settling = self._changed = True
+        try:
+            while self._changed:
+                self._changed = False
+                self.fleet.admit(now)
+                self._place(now)
+            self._next_turn(now)
+        finally:
+            self._settling = False
 
     # -------------------------------------------------------------------------------------- runs, inside
 
@@ -240,27 +311,30 @@ class Dispatcher:
         return [run for run in self.runs.values() if run.group == group.name]
 
     def _waiting_for(self, group: Group) -> list[Run]:
-        return [run for run in self.runs.values() if run.state == "queued" and run.key == group.key]
+        return [run for run in self.runs.values() if run.state == "queued" and group.key in run.keys]
 
-    def position(self, run: Run) -> int:
+    def _hopeless(self, group: Group, *besides: Group) -> list[Run]:
+        """Runs that wait for this group and could go to no other, but for those `besides`."""
+        others = {one.key for one in self.fleet.groups.values() if one not in (group, *besides)}
+        return [run for run in self._waiting_for(group) if others.isdisjoint(run.keys)]
+
+    def position(self, run: Run, now: float) -> int:
         """How many runs are before it; 0 is next, or running."""
         if run.state == "queued":
-            return sum(other.state == "queued" and other.id < run.id for other in self.runs.values())
-        return self.turns.waiting.index(run.id) if run.id in self.turns.waiting else 0
+            return self.placing.line(self.runs.values(), now).index(run)
+        return self.turns.before(run.id)
 
     def _place(self, now: float) -> None:
-        """Binds every queued run for which a group is ready, to the one with the fewest runs."""
-        ready = [group for group in self.fleet.groups.values() if group.state == "ready"]
-        for run in [run for run in self.runs.values() if run.state == "queued"]:
-            fitting = [group for group in ready if group.key == run.key]
-            if fitting:
-                self._bind(run, min(fitting, key=lambda group: len(self.runs_on(group))), now)
-        self._next_turn(now)
+        """Binds queued runs for which a group is ready that has a place."""
+        groups = self.fleet.groups.values()
+        serving = [group for group in groups if group.state == "ready" and group.name not in self.fleet.held]
+        for run, group in self.placing.next(self.runs.values(), serving, now):
+            self._bind(run, group, now)
 
     def _bind(self, run: Run, group: Group, now: float) -> None:
         run.go("bind")
         run.group = group.name
-        run.touched = group.used = now
+        run.touched = run.placed = group.used = now
         for message, frames in run.conditioning.values():
             self._pass_conditioning(run, message, frames)
         first = not run.announced
@@ -271,12 +345,12 @@ class Dispatcher:
             self.clients.answer(run.peer, opened)
         if run.asked is not None:
             if not first:
-                why = f"its group {group.name} died and was started again"
+                why = f"its group died; {group.name} goes on with it"
                 event = m.Rebound(re=run.asked.work.id, run=run.id, group=group.name, reason=why)
                 self.clients.answer(run.peer, event)
             run.asked.begin_anew()
             run.go("ask")
-            self.turns.ask(run.id)
+            self._ask_turn(run)
 
     def _take_back(self, run: Run, group: Group, lost: bool, now: float) -> None:
         """The run's group failed: it waits for the next one, a limited number of times over one request."""
@@ -311,7 +385,10 @@ class Dispatcher:
         group = self.fleet.groups.get(run.group)
         if group is not None and group.state == "ready":
             self.ranks.order(group, o.ForgetRun(run=run.id))
+            self.placing.experience.run(group.key, now - run.placed)
+            group.used = now
         del self.runs[run.id]
+        self._changed = True
         self.ended(run)
 
     def _refuse(self, run: Run, code: str, message: str, now: float) -> None:
@@ -328,12 +405,17 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------- turns, inside
 
     def _next_turn(self, now: float) -> None:
-        while (run_id := self.turns.next(self._devices_of)) is not None:
+        while (run_id := self.turns.next()) is not None:
             self._give_turn(self.runs[run_id], now)
 
-    def _devices_of(self, run_id: int) -> tuple[str, ...] | None:
-        group = self.fleet.groups.get(self.runs[run_id].group)
-        return group.devices if group is not None and group.state == "ready" else None
+    def _after_turn(self, now: float) -> None:
+        """The devices are free; where a run ended with the turn, its place is too."""
+        self._next_turn(now)
+        if self._changed:
+            self.settle(now)
+
+    def _ask_turn(self, run: Run) -> None:
+        self.turns.ask(run.id, run.peer, self.fleet.groups[run.group], run.priority)
 
     def _give_turn(self, run: Run, now: float) -> None:
         group, asked = self.fleet.groups[run.group], run.asked
@@ -368,7 +450,7 @@ class Dispatcher:
             run.go("answer")
             self.clients.answer(run.peer, *answer(asked, report, frames))
         else:
-            self.turns.ask(run.id)
+            self._ask_turn(run)
 
     # ----------------------------------------------------------------------------------- telling, inside
 
@@ -376,12 +458,8 @@ class Dispatcher:
         order = o.SetConditioning(run=run.id, key=message.key, tensors=message.tensors, values=message.values)
         self.ranks.order(self.fleet.groups[run.group], order, peer=run.peer, frames=frames)
 
-    def _tell_position(self, run: Run) -> None:
-        """While a run waits for its first group, its client hears how far that is."""
-        if run.announced:
-            return
-        group = next((g for g in self.fleet.groups.values() if g.key == run.key), None)
-        phase = group.phase if group is not None and group.state == "starting" else "waiting"
-        self.clients.answer(
-            run.peer, m.Queued(re=run.reopen, run=run.id, position=self.position(run), phase=phase)
-        )
+    def _tell(self, runs: Sequence[Run], now: float) -> None:
+        if runs:
+            queue = self.placing.line(self.runs.values(), now)
+            for run, event in self.placing.news(runs, queue, self.fleet.groups.values(), now):
+                self.clients.answer(run.peer, event)

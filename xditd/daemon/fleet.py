@@ -1,6 +1,6 @@
 """All groups: which there are, how they start, serve, fail, are replaced and leave. Decides; does nothing itself.
 
-A group that fails is killed whole. When its last rank is gone and somebody still wants it, the next generation
+A group starts when there is memory for it; models that no run uses make room (`residency`). A group that fails is killed whole. When its last rank is gone and somebody still wants it, the next generation
 starts under the same name, until the model has failed too often. What this means for runs is the dispatcher's:
 it listens.
 """
@@ -13,9 +13,11 @@ from typing import Protocol
 
 from xditd.catalog.catalog import Found
 from xditd.daemon.groups import Group, Restarts
+from xditd.daemon.loads import Load, Loads
 from xditd.daemon.ports import ClientPort, RankPort
+from xditd.daemon.residency import Residency
 from xditd.daemon.runs import Key
-from xditd.daemon.work import failed, spell
+from xditd.daemon.work import spell
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code, XditError
@@ -23,7 +25,7 @@ from xditd.protocol.errors import Code, XditError
 LOST = frozenset({Code.RANK_LOST.value, Code.DEADLINE_EXCEEDED.value})
 """Codes of a group whose ranks died or hung. Another group may well do what this one could not."""
 
-_NEAREST = ("ready", "starting", "failed", "leaving", "gone")
+_NEAREST = ("ready", "starting", "waiting", "failed", "leaving", "gone")
 """States by how soon a group in them, or its replacement, serves."""
 
 
@@ -36,24 +38,22 @@ class Deadlines:
     turn: float
     leave: float
     run_idle: float
-
-
-@dataclass(frozen=True, slots=True)
-class Waiter:
-    """A client's `load` that waits for a group."""
-
-    peer: bytes
-    request: int
-    since: float
+    queued: float = 86400.0
 
 
 class Listener(Protocol):
     """Who must know what becomes of groups."""
 
     def wanted(self, group: Group) -> bool:
-        """Whether a run waits for such a group."""
+        """Whether a run waits for such a group, or counts on it as a replica that failed."""
 
-    def group_starting(self, group: Group) -> None:
+    def uses(self, group: Group) -> bool:
+        """Whether a run is bound to it, or waits for such a group."""
+
+    def holds(self, group: Group) -> bool:
+        """Whether a run is bound to it."""
+
+    def group_starting(self, group: Group, now: float) -> None:
         """Its slowest rank has come to another phase."""
 
     def group_ready(self, group: Group, now: float) -> None:
@@ -68,6 +68,9 @@ class Listener(Protocol):
     def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
         """No other generation will follow."""
 
+    def settle(self, now: float) -> None:
+        """Something has changed: who waits for room or a place may have it now."""
+
 
 class Fleet:
     """The groups of a daemon, by name."""
@@ -78,55 +81,66 @@ class Fleet:
         ranks: RankPort,
         deadlines: Deadlines,
         restarts: Restarts,
+        residency: Residency,
         listener: Listener,
     ) -> None:
         self.clients = clients
         self.ranks = ranks
         self.deadlines = deadlines
         self.restarts = restarts
+        self.residency = residency
         self.listener = listener
         self.groups: dict[str, Group] = {}
+        self.held: frozenset[str] = frozenset()  # groups that take no further run: their memory is needed
+        self.loads = Loads(clients)
         self.closed = False  # nothing starts any more
-        self._waiters: dict[str, list[Waiter]] = {}
         self._names = count(1)
 
     # ---------------------------------------------------------------------------------------- on request
 
-    def want(self, key: Key, ref: m.ModelRef, found: Found, now: float) -> Group:
-        """The group for a key: one that serves, one that will, or a new one.
+    def want(self, keys: tuple[Key, ...], ref: m.ModelRef, found: Found, now: float) -> None:
+        """Has one replica at least come to serve, and the others where that drives nobody out.
 
         Raises:
-            XditError: `model_failed` while the model's failures are over the limit.
+            XditError: `model_failed` while the model's failures are over the limit, `out_of_memory` where it is
+                larger than the memory there is.
         """
-        present = [group for group in self.groups.values() if group.key == key]
-        if present:
-            return min(present, key=lambda group: _NEAREST.index(group.state))
-        if self.restarts.exhausted(key, now):
-            raise XditError(
-                Code.MODEL_FAILED,
-                f"{ref.name} failed {self.restarts.limit} times within {self.restarts.window:g} s and is not "
-                f"started again by itself; see the log, then load it explicitly.",
-            )
-        return self._start(f"g{next(self._names)}", 1, ref, found, key, now)
+        problem: XditError | None = None
+        there = any(group.key in keys and group.state != "gone" for group in self.groups.values())
+        for key in keys:
+            if there and not self._find(key) and not self._has_room(found, key, now):
+                continue
+            try:
+                self._get(key, ref, found, now)
+                there = True
+            except XditError as error:
+                problem = problem or error
+        if not there and problem is not None:
+            raise problem
 
-    def load(self, peer: bytes, request: m.Load, found: Found, key: Key, now: float) -> None:
-        """Has a group ready; `Loaded` follows. An explicit load forgives earlier failures."""
-        self.restarts.forgive(key)
-        group = self.want(key, request.model, found, now)
-        if group.state == "ready":
-            self.clients.answer(peer, _loaded(request.id, group, 0.0, warm=True))
-            return
-        self._waiters.setdefault(group.name, []).append(Waiter(peer, request.id, now))
-        self.clients.answer(peer, m.Queued(re=request.id, run=None, position=0, phase=group.phase))
+    def load(self, peer: bytes, request: m.Load, found: Found, keys: tuple[Key, ...], now: float) -> None:
+        """Has every replica ready; `Loaded` follows. An explicit load forgives earlier failures."""
+        load = Load(peer, request.id, now, keys)
+        for key in keys:
+            self.restarts.forgive(key)
+            try:
+                self._get(key, request.model, found, now)
+            except XditError as error:
+                load.problems[key] = spell(error.code), error.message
+        self.loads.add(load, self.groups.values(), now)
+        self.listener.settle(now)
+        self.loads.tell(load, self.groups.values())
 
     def leave(self, group: Group, now: float) -> None:
         """Tells a group to end orderly; one that still starts is killed."""
         if not group.alive:
             return
-        serving = group.state == "ready"
+        before = group.state
         group.go("leave")
         group.left_at = now
-        if serving:
+        if before == "waiting":
+            self._gone(group, now)
+        elif before == "ready":
             self.ranks.order(group, o.Leave())
         else:
             self.ranks.kill(group)
@@ -140,24 +154,51 @@ class Fleet:
             else:
                 self.leave(group, now)
 
+    def admit(self, now: float) -> None:
+        """Starts groups that wait for room, in their order; where there is none, models that no run uses make it.
+
+        A group that waits in vain keeps those behind it out of the memory that it needs, and after a while
+        (`Residency.patience`) has runs kept off the groups that are in its way: so it comes to its turn.
+        """
+        waiting = [group for group in self.groups.values() if group.state == "waiting"]
+        spoken_for: set[str] = set()
+        held: set[str] = set()
+        for group in waiting:
+            needs = set(self.residency.needs(group.found, group.key))
+            if not self.listener.uses(group) and not self.loads.wants(group.key):
+                self.leave(group, now)
+            elif spoken_for.isdisjoint(needs):
+                verdict = self.residency.decide(group, list(self.groups.values()), self._in_use, now)
+                if verdict.fits:
+                    group.go("admit")
+                    group.started = now
+                    self.ranks.start(group)
+                    continue
+                if verdict.never:
+                    self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now)
+                    continue
+                held |= {one.name for one in verdict.hold}
+                for one in verdict.evict:
+                    one.problem = f"Ended to make room for {group.ref.name}"
+                    self.leave(one, now)
+            spoken_for |= needs
+        self.held = frozenset(held)
+
     def forget_peer(self, peer: bytes) -> None:
         """A client is gone: nobody waits for its loads."""
-        for name, waiters in self._waiters.items():
-            self._waiters[name] = [waiter for waiter in waiters if waiter.peer != peer]
+        self.loads.forget_peer(peer)
 
     # ---------------------------------------------------------------------------------------- from ranks
 
-    def rank_phase(self, group: Group, report: o.RankPhase) -> None:
+    def rank_phase(self, group: Group, report: o.RankPhase, now: float) -> None:
         before, rank = group.phase, group.ranks[report.rank]
         rank.pid = report.pid
         if not rank.gone:
             rank.phase = report.phase
         if group.state != "starting" or group.phase == before:
             return
-        for waiter in self._waiters.get(group.name, ()):
-            event = m.Queued(re=waiter.request, run=None, position=0, phase=group.phase)
-            self.clients.answer(waiter.peer, event)
-        self.listener.group_starting(group)
+        self.loads.group_starting(group)
+        self.listener.group_starting(group, now)
 
     def rank_ready(self, group: Group, report: o.RankReady, now: float) -> None:
         rank = group.ranks[report.rank]
@@ -169,10 +210,9 @@ class Fleet:
         group.go("ranks_ready")
         group.ready_after = now - group.started
         group.used = now
-        for waiter in self._waiters.pop(group.name, []):
-            loaded = _loaded(waiter.request, group, now - waiter.since, warm=False)
-            self.clients.answer(waiter.peer, loaded)
+        self.loads.group_ready(self.groups.values(), now)
         self.listener.group_ready(group, now)
+        self.listener.settle(now)
 
     def rank_gone(self, group: Group, rank: int, how: str, now: float) -> None:
         """A rank process has ended. Unless it was told to, the group fails."""
@@ -181,22 +221,27 @@ class Fleet:
             self.fail(group, Code.RANK_LOST, f"Rank {rank} (pid {group.ranks[rank].pid}) {how}", now)
         if group.all_gone and group.state in ("leaving", "failed"):
             group.go("ranks_gone")
-            self.listener.group_gone(group, now)
-            self._replace(group, self.restarts.delay(group.key), now)
+            self._gone(group, now)
+        self.listener.settle(now)
 
     def fail(self, group: Group, code: Code | str, problem: str, now: float) -> None:
         """Kills the group. A load that raised, or took too long, would again: it is given up at once."""
         if not group.alive:
             return
-        was_starting = group.state == "starting"
+        before = group.state
         group.go("fail")
         group.code, group.problem, group.left_at = spell(code), problem, now
+        if before == "waiting":  # it never had a process: nothing failed that could be tried again
+            del self.groups[group.name]
+            self._give_up(group, code, now)
+            return
         self.restarts.failed(group.key, now)
         self.ranks.kill(group)
         self.listener.group_failed(group, now)
-        if was_starting and group.code != Code.RANK_LOST.value:
+        if before == "starting" and group.code != Code.RANK_LOST.value:
             told = Code.LOAD_FAILED if group.code == Code.RANK_FAILED.value else group.code
             self._give_up(group, told, now)
+        self.listener.settle(now)
 
     # ------------------------------------------------------------------------------------ from the clock
 
@@ -215,19 +260,66 @@ class Fleet:
             elif group.state == "gone":
                 if group.restart_at is not None and now >= group.restart_at:
                     self._replace(group, 0.0, now)
+            elif group.state == "waiting":
+                continue
             elif group.left_at is not None and now - group.left_at > limit.leave:
                 group.left_at = now
                 self.ranks.kill(group)
+        for group in self.residency.expired(self.groups.values(), self._in_use, now):
+            group.problem = f"No run used it for {self.residency.keep.seconds(group):g} s"
+            self.leave(group, now)
 
     # -------------------------------------------------------------------------------------------- inside
 
-    def _start(
-        self, name: str, generation: int, ref: m.ModelRef, found: Found, key: Key, now: float
-    ) -> Group:
+    def _find(self, key: Key) -> Group | None:
+        """The group for a key that serves, or will soonest."""
+        present = [group for group in self.groups.values() if group.key == key]
+        return min(present, key=lambda group: _NEAREST.index(group.state), default=None)
+
+    def _get(self, key: Key, ref: m.ModelRef, found: Found, now: float) -> Group:
+        """The group for a key: one that serves, one that will, or a new one.
+
+        Raises:
+            XditError: `model_failed`, `out_of_memory`.
+        """
+        present = self._find(key)
+        if present is not None:
+            return present
+        if self.restarts.exhausted(key, now):
+            raise XditError(
+                Code.MODEL_FAILED,
+                f"{ref.name} failed {self.restarts.limit} times within {self.restarts.window:g} s and is not "
+                f"started again by itself; see the log, then load it explicitly.",
+            )
+        too_large = self.residency.too_large(found, key)
+        if too_large:
+            raise XditError(Code.OUT_OF_MEMORY, f"{too_large}.")
+        return self._make(f"g{next(self._names)}", 1, ref, found, key, now)
+
+    def _make(self, name: str, generation: int, ref: m.ModelRef, found: Found, key: Key, now: float) -> Group:
+        """A group that waits for room; `admit` starts it."""
         group = Group(name, generation, ref, found, key, started=now, used=now)
         self.groups[name] = group
-        self.ranks.start(group)
         return group
+
+    def _has_room(self, found: Found, key: Key, now: float) -> bool:
+        """Whether such a group could start without another's leaving."""
+        ref = m.ModelRef(kind="", name="")
+        trial = Group("", 0, ref, found, key, started=now)
+        waiting = any(group.state == "waiting" for group in self.groups.values())
+        return (
+            not waiting and self.residency.decide(trial, list(self.groups.values()), self._in_use, now).fits
+        )
+
+    def _in_use(self, group: Group) -> bool:
+        """Whether it must not be ended. A group whose memory is needed does not live on by who waits for it."""
+        if group.name in self.held:
+            return self.listener.holds(group)
+        return self.listener.uses(group) or (group.state != "ready" and self.loads.wants(group.key))
+
+    def _gone(self, group: Group, now: float) -> None:
+        self.listener.group_gone(group, now)
+        self._replace(group, self.restarts.delay(group.key), now)
 
     def _replace(self, group: Group, delay: float, now: float) -> None:
         """Its ranks are gone: if somebody waits for it, the next generation starts, after `delay` seconds."""
@@ -235,7 +327,7 @@ class Fleet:
         if self.closed:
             del self.groups[group.name]
             self._give_up(group, Code.STOPPING, now)
-        elif not self.listener.wanted(group) and not self._waiters.get(group.name):
+        elif not self.listener.wanted(group) and not self.loads.wants(group.key):
             del self.groups[group.name]
         elif self.restarts.exhausted(group.key, now):
             del self.groups[group.name]
@@ -243,22 +335,10 @@ class Fleet:
         elif delay:
             group.restart_at = now + delay
         else:
-            self._start(group.name, group.generation + 1, group.ref, group.found, group.key, now)
+            del self.groups[group.name]  # behind those that wait for room already
+            self._make(group.name, group.generation + 1, group.ref, group.found, group.key, now)
 
     def _give_up(self, group: Group, code: Code | str, now: float) -> None:
         message = f"{group.ref.name} could not be served. {group.problem}".rstrip(".") + "."
-        for waiter in self._waiters.pop(group.name, []):
-            self.clients.answer(waiter.peer, failed(waiter.request, code, message))
+        self.loads.given_up(group.key, code, message, self.groups.values(), now)
         self.listener.given_up(group, code, message, now)
-
-
-def _loaded(request: int, group: Group, seconds: float, *, warm: bool) -> m.Loaded:
-    return m.Loaded(
-        re=request,
-        group=group.name,
-        plan=group.key.plan,
-        model=group.found.info,
-        dtype=group.key.dtype,
-        seconds=seconds,
-        warm=warm,
-    )

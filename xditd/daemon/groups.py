@@ -44,9 +44,9 @@ class Group:
     ref: ModelRef
     found: Found
     key: Key
-    started: float  # monotonic seconds
+    started: float  # monotonic seconds; while it waits for room, since when
     ranks: list[Rank] = field(default_factory=list)
-    state: str = "starting"
+    state: str = "waiting"
     ready_after: float | None = None  # seconds from start to ready
     turns: int = 0  # answered
     turn: int | None = None  # the order of the turn under way
@@ -75,6 +75,8 @@ class Group:
     @property
     def phase(self) -> str:
         """The phase of the slowest rank: what people wait for."""
+        if self.state == "waiting":
+            return "waiting"
         known = [PHASES.index(r.phase) for r in self.ranks if r.phase in PHASES]
         return PHASES[min(known)] if known else "starting"
 

@@ -112,6 +112,15 @@ def _degrees(request: PlanRequest) -> dict[str, int]:
     return given
 
 
+def devices(names: tuple[str, ...], owned: list[str]) -> tuple[str, ...]:
+    """The devices of these names; all of them where none is named.
+
+    Raises:
+        XditError: `bad_device`.
+    """
+    return _devices(names, owned, wanted=len(owned))
+
+
 def _devices(names: tuple[str, ...], owned: list[str], wanted: int) -> tuple[str, ...]:
     if not names:
         if wanted > len(owned):

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from msgspec import Struct
 
 from xditd.daemon.groups import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of a device, or of the machine where CPU ranks share it: bytes."""
+
+    total: int  # that the daemon may use
+    free: int  # of those, by what the device says
+
+
+class MemoryPort(Protocol):
+    """The way to what devices say of their memory."""
+
+    def memory(self, pool: str) -> Memory | None:
+        """Of a GPU by its name, of all CPU ranks by "cpu"; None where it is not counted."""
 
 
 class ClientPort(Protocol):

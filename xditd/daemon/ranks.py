@@ -150,7 +150,7 @@ class Ranks:
         if isinstance(report, o.TurnDone):
             self.dispatcher.turn_done(group, report, frames, now)
         elif isinstance(report, o.RankPhase):
-            self.dispatcher.fleet.rank_phase(group, report)
+            self.dispatcher.fleet.rank_phase(group, report, now)
         elif isinstance(report, o.RankReady):
             self.dispatcher.fleet.rank_ready(group, report, now)
             if group.state == "ready":
@@ -177,7 +177,8 @@ class Ranks:
         if not group.all_gone:
             return
         store(group, self.runtime).unlink(missing_ok=True)
-        if self.dispatcher.fleet.groups.get(group.name) in (None, group):  # the next one has not started
+        next_one = self.dispatcher.fleet.groups.get(group.name)
+        if next_one is None or next_one is group or next_one.state == "waiting":  # it has not started
             self._passed.pop(group.name, None)
 
 

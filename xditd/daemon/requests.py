@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from msgspec import Struct
 from xditd.catalog.catalog import Catalog, Found
 from xditd.catalog.families import family
 from xditd.daemon import dtypes, planner
-from xditd.daemon.devices import Device, free_memory
+from xditd.daemon.devices import Device, Memories
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.groups import Group
 from xditd.daemon.ports import ClientPort
@@ -28,9 +29,21 @@ from xditd.daemon.work import failed
 from xditd.protocol import messages as m
 from xditd.protocol.codec import MAX_HEADER
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.tensors import ITEMSIZE
 
 log = logging.getLogger("xditd.requests")
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """Groups that were told to leave, and the memory of their devices before."""
+
+    groups: list[Group]
+    before: tuple[m.MemoryStatus, ...]
+
+    @property
+    def over(self) -> bool:
+        return all(group.state == "gone" for group in self.groups)
+
 
 MAX_CONDITIONINGS = 256
 """Conditionings of one run."""
@@ -45,9 +58,9 @@ class Requests:
         dispatcher: Dispatcher,
         catalog: Catalog,
         devices: Sequence[Device],
+        memories: Memories,
         *,
         dtype: str = "",
-        reserve_memory: int = 0,
         runs_per_client: int = 16,
         frame_bytes_per_client: int = 4 << 30,
         sight: Sight,
@@ -57,7 +70,6 @@ class Requests:
         Args:
             sight: is told of runs as they open and end.
             dtype: compute dtype where a request names none; "" leaves it to `dtypes.choose`.
-            reserve_memory: bytes of each GPU that are not ours.
             frame_bytes_per_client: that the daemon keeps for the runs of a client without shared memory.
             stop: ends the daemon, after a Drain that asks for it.
         """
@@ -65,8 +77,8 @@ class Requests:
         self.dispatcher = dispatcher
         self.catalog = catalog
         self.devices = {device.name: device for device in devices}
+        self.memories = memories
         self.dtype = dtype
-        self.reserve_memory = reserve_memory
         self.runs_per_client = runs_per_client
         self.frame_bytes_per_client = frame_bytes_per_client
         self.sight = sight
@@ -74,7 +86,9 @@ class Requests:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[int, list[tuple[bytes, Struct]]] = {}  # run → answers due when it has ended
         self._draining: list[tuple[bytes, m.Drain]] = []
+        self._leaving: list[tuple[bytes, m.Unload | m.FreeMemory, Departure]] = []
         dispatcher.ended = self._ended
+        dispatcher.gone = lambda group, now: self._departed()
 
     def handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:
         """Does what a request asks; its answer follows through the port, at once or later.
@@ -90,6 +104,8 @@ class Requests:
                 self._spawn(message.id, session.peer, session.name, self._open(session, message))
             case m.Unload():
                 self._unload(session, message, now)
+            case m.FreeMemory():
+                self._free_memory(session, message, now)
             case m.PutConditioning():
                 run = self._run(session, message.run)
                 family(run.found.info.family).check_conditioning(
@@ -151,35 +167,19 @@ class Requests:
         answer = m.ModelList(re=message.id, models=tuple(models), skipped=tuple(skipped), roots=folders)
         self.clients.answer(session.peer, _fit(answer))
 
-    async def _find(self, ref: m.ModelRef, request: m.PlanRequest) -> tuple[Found, Key]:
+    async def _find(self, ref: m.ModelRef, request: m.PlanRequest) -> tuple[Found, tuple[Key, ...]]:
+        """The file, and what each of its replicas is."""
         found: Found = await asyncio.to_thread(self.catalog.find, ref)
-        plan = planner.plan(request, found.info, list(self.devices))
-        is_cuda = self.devices[plan.devices[0]].is_cuda
+        plans = planner.replicas(request, found.info, list(self.devices))
+        is_cuda = self.devices[plans[0].devices[0]].is_cuda
         dtype = dtypes.choose(found.info, asked=ref.dtype, configured=self.dtype, is_cuda=is_cuda)
-        return found, Key(found.path, found.info.part, dtype, plan)
-
-    def _check_memory(self, found: Found, key: Key) -> None:
-        """Refuses what cannot fit on its GPUs, naming what is there. A CPU's memory is not counted."""
-        groups = self.dispatcher.fleet.groups.values()
-        if any(group.key == key for group in groups):
-            return
-        for name in key.plan.devices:
-            free = free_memory(self.devices[name])
-            needed = found.info.parameters * ITEMSIZE[key.dtype]
-            if free is not None and needed > free - self.reserve_memory:
-                here = [f"{g.name} ({g.ref.name})" for g in groups if name in g.devices]
-                raise XditError(
-                    Code.OUT_OF_MEMORY,
-                    f"{found.info.name} has {needed / 2**30:.1f} GiB of weights, but {name} has "
-                    f"{(free - self.reserve_memory) / 2**30:.1f} GiB free; "
-                    + (f"unload {' or '.join(here)}." if here else "another program holds the rest."),
-                )
+        return found, tuple(Key(found.path, found.info.part, dtype, plan) for plan in plans)
 
     async def _open(self, session: Session, message: m.OpenRun | m.Load) -> None:
         if isinstance(message, m.Load):
             await self._load(session.peer, message)
             return
-        found, key = await self._find(message.model, message.plan)
+        found, keys = await self._find(message.model, message.plan)
         if not session.alive:
             return
         open_runs = sum(run.peer == session.peer for run in self.dispatcher.runs.values())
@@ -188,16 +188,14 @@ class Requests:
                 Code.QUEUE_FULL,
                 f"This connection has {open_runs} open runs, which is the limit; close one first.",
             )
-        self._check_memory(found, key)
-        run = self.dispatcher.open(session.peer, session.name, message, found, key, time.monotonic())
+        run = self.dispatcher.open(session.peer, session.name, message, found, keys, time.monotonic())
         self.sight.run_opened(run)
         log.info("Opened by %s: %s.", session.name, message.model.name, extra={"run": run.id})
 
     async def _load(self, peer: bytes, message: m.Load) -> None:
         self.dispatcher.refuse_if_draining()
-        found, key = await self._find(message.model, message.plan)
-        self._check_memory(found, key)
-        self.dispatcher.fleet.load(peer, message, found, key, time.monotonic())
+        found, keys = await self._find(message.model, message.plan)
+        self.dispatcher.fleet.load(peer, message, found, keys, time.monotonic())
 
     def _unload(self, session: Session, message: m.Unload, now: float) -> None:
         groups = [
@@ -208,10 +206,53 @@ class Requests:
             raise XditError(
                 Code.NO_SUCH_GROUP, f"There is no group {what!r} to unload; `xditctl status` lists them."
             )
+        departure = Departure(groups, self._memory(group.devices for group in groups))
         self.dispatcher.unload(groups, message.force, now)
         log.info("Unloaded by %s: %s.", session.name, ", ".join(group.name for group in groups))
-        self.clients.answer(
-            session.peer, m.Unloaded(re=message.id, groups=tuple(group.name for group in groups))
+        self._leaving.append((session.peer, message, departure))
+        self._departed()
+
+    def _free_memory(self, session: Session, message: m.FreeMemory, now: float) -> None:
+        devices = planner.devices(message.devices, list(self.devices))
+        before = self._memory([devices])
+        groups = self.dispatcher.free_memory(message.bytes, devices, now)
+        log.info("Freed for %s: %s.", session.name, ", ".join(group.name for group in groups) or "nothing")
+        self._leaving.append((session.peer, message, Departure(groups, before)))
+        self._departed()
+
+    def _departed(self) -> None:
+        """Answers those whose groups are gone, with what memory there is now."""
+        for peer, message, left in [entry for entry in self._leaving if entry[2].over]:
+            self._leaving.remove((peer, message, left))
+            names = tuple(group.name for group in left.groups)
+            after = self._memory([[one.device for one in left.before]])
+            if isinstance(message, m.Unload):
+                answer: Struct = m.Unloaded(re=message.id, groups=names, before=left.before, after=after)
+            else:
+                there = {one.device for one in left.before}
+                stayed = tuple(
+                    group.name
+                    for group in self.dispatcher.fleet.groups.values()
+                    if group.alive and self.dispatcher.uses(group) and not there.isdisjoint(group.devices)
+                )
+                answer = m.MemoryFreed(
+                    re=message.id, groups=names, in_use=stayed, before=left.before, after=after
+                )
+            self.clients.answer(peer, answer)
+
+    def _memory(self, named: Iterable[Iterable[str]]) -> tuple[m.MemoryStatus, ...]:
+        """What devices say of their memory now, and what the models on them are counted with."""
+        wanted = {name for names in named for name in names}
+        fleet = self.dispatcher.fleet
+        figures = {name: self.memories.total_and_used(name) for name in self.devices if name in wanted}
+        return tuple(
+            m.MemoryStatus(
+                device=name,
+                total=total,
+                used=used,
+                models=fleet.residency.resident(fleet.groups.values(), name),
+            )
+            for name, (total, used) in figures.items()
         )
 
     # --------------------------------------------------------------------------------------------- runs

@@ -71,10 +71,12 @@ class Run:
     client: str
     ref: ModelRef
     found: Found
-    key: Key
+    keys: tuple[Key, ...]  # of the replicas that may take it
     opened: float  # monotonic seconds
     reopen: int  # id of the OpenRun that asked for it
     label: str = ""
+    priority: int = 0
+    scheduling: str = "round_robin"
     state: str = "queued"
     group: str = ""
     asked: Asked | None = None
@@ -86,9 +88,17 @@ class Run:
     closing: bool = False  # its client has asked for its end
     code: str = ""  # that it ended with
     problem: str = ""  # why it ended
+    placed: float = 0.0  # monotonic seconds of the last binding
+    effort: float = 1.0  # of one of its turns (`work.effort`), once it has asked for one
+    told: tuple[int, str] | None = None  # position and phase that its client heard last
 
     def go(self, event: str) -> None:
         self.state = states.after(states.RUN, self.state, event)
+
+    @property
+    def key(self) -> Key:
+        """Of its first replica: what they have in common is in every one of them."""
+        return self.keys[0]
 
     @property
     def over(self) -> bool:
@@ -109,4 +119,5 @@ class Run:
             position=position,
             age=round(now - self.opened, 3),
             rebinds=self.rebinds,
+            priority=self.priority,
         )

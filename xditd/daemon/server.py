@@ -21,6 +21,7 @@ from xditd.daemon import states
 from xditd.daemon.chronicle import Chronicle
 from xditd.daemon.clients import OURSELVES, Clients
 from xditd.daemon.config import Config
+from xditd.daemon.devices import Memories
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fleet import Deadlines
 from xditd.daemon.gauges import Gauges
@@ -28,6 +29,7 @@ from xditd.daemon.groups import Restarts
 from xditd.daemon.metrics import Metrics
 from xditd.daemon.ranks import Ranks
 from xditd.daemon.requests import Requests
+from xditd.daemon.residency import Keep, Residency
 from xditd.daemon.session import Session
 from xditd.daemon.sight import Sight
 from xditd.protocol import messages as m
@@ -79,15 +81,24 @@ class Server:
             metrics=metrics,
         )
         self.ranks = Ranks(self._context, runtime, config, self._arena_of)
+        memories = Memories(self.devices, config.devices.reserve_memory, config.devices.cpu_memory)
         limits = config.deadlines
         self.dispatcher = Dispatcher(
             self.clients,
             self.ranks,
             Deadlines(
-                limits.load, limits.first_turn, limits.turn, leave=limits.stop, run_idle=limits.run_idle
+                limits.load,
+                limits.first_turn,
+                limits.turn,
+                leave=limits.stop,
+                run_idle=limits.run_idle,
+                queued=limits.queued,
             ),
             Restarts(config.restart.limit, config.restart.window, config.restart.backoff),
+            _residency(memories, config),
             queue=config.limits.queue,
+            places=config.limits.runs_per_group,
+            weights=config.devices.weights,
         )
         self.ranks.dispatcher = self.dispatcher
         self.requests = Requests(
@@ -95,8 +106,8 @@ class Server:
             self.dispatcher,
             catalog,
             self.devices,
+            memories,
             dtype=config.compute.dtype,
-            reserve_memory=config.devices.reserve_memory,
             runs_per_client=config.limits.runs_per_client,
             frame_bytes_per_client=config.arena.per_client_bytes,
             sight=self.sight,
@@ -196,7 +207,7 @@ class Server:
             uptime=now - self.started,
             devices=self.gauges.status(dispatcher.turns.busy, now),
             groups=tuple(group.status(len(dispatcher.runs_on(group)), rss) for group in groups),
-            runs=tuple(run.status(now, dispatcher.position(run)) for run in dispatcher.runs.values()),
+            runs=tuple(run.status(now, dispatcher.position(run, now)) for run in dispatcher.runs.values()),
             arenas=tuple(
                 m.ArenaStatus(
                     client=names.get(arena.token, ""),
@@ -227,6 +238,16 @@ class Server:
     def _arena_of(self, peer: bytes) -> Any:
         session = self.clients.sessions.get(peer)
         return session.arena if session is not None else None
+
+
+def _residency(memories: Memories, config: Config) -> Residency:
+    models = config.models
+    return Residency(
+        memories,
+        Keep(models.keep_alive, models.keep_alive_of),
+        margin=config.devices.activation_memory,
+        patience=models.patience,
+    )
 
 
 def _rss(pid: int) -> int | None:

@@ -4,7 +4,7 @@ A table maps (state, event) to the next state. What is not in it is a bug of our
 raises `IllegalTransition` and changes nothing. The daemon's life, seen from outside, is
 
     daemon   starting → serving → draining → stopping
-    group    starting → ready → leaving → gone,      or → failed → gone from anywhere before
+    group    waiting → starting → ready → leaving → gone,   or → failed → gone from anywhere before
     run      queued → bound ⇄ working → ended,       and back to queued when its group dies
 """
 
@@ -25,6 +25,10 @@ DAEMON: Table = {
 }
 
 GROUP: Table = {
+    # It has no processes: it waits until there is memory for it.
+    ("waiting", "admit"): "starting",
+    ("waiting", "leave"): "gone",
+    ("waiting", "fail"): "gone",
     # The rank processes are started, import, join their world and load the model.
     ("starting", "ranks_ready"): "ready",
     ("starting", "fail"): "failed",
@@ -56,7 +60,7 @@ RUN: Table = {
     ("working", "end"): "ended",
 }
 
-GROUP_ALIVE = frozenset({"starting", "ready"})
+GROUP_ALIVE = frozenset({"waiting", "starting", "ready"})
 """States in which runs may wait for a group or be bound to it."""
 
 RUN_OVER = frozenset({"ended"})

@@ -1,57 +1,88 @@
 """Who runs next on which devices. A turn holds all devices of its group; runs take turns of one step each.
 
-First come, first served, but a run whose devices are free may pass one whose devices are not, as long as it
-takes none of the devices that the earlier one waits for: so nothing starves and nothing stands idle.
+On one group the client goes first that has had least of it: seconds of turns, halved for each step of priority. So
+a client with eight runs gets as much as one with a single run, and one with large pictures no more than one with small.
+Who comes back after a pause begins where those are who stayed, and so owes and is owed nothing.
+
+Between groups it is first come, first served, but a run whose devices are free may pass one whose devices are not,
+as long as it takes none of the devices that the earlier one waits for: so nothing starves and nothing stands idle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import count
 
 from xditd.daemon.groups import Group
+
+LEAST = 1e-4
+"""Seconds that every turn counts at least, so that turns that take no time are dealt out evenly too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A run that waits for its next turn, or is in it."""
+
+    run: int
+    client: bytes
+    group: str
+    devices: frozenset[str]
+    priority: int
+    number: int  # in the order of asking
 
 
 class Turns:
     """The runs that wait for a turn, the devices that turns are on, and the turns under way by their number."""
 
     def __init__(self) -> None:
-        self.waiting: list[int] = []
+        self.waiting: dict[int, Waiting] = {}  # by run
         self.busy: set[str] = set()
-        self.under_way: dict[int, int] = {}  # number of the turn → run
+        self.under_way: dict[int, Waiting] = {}  # by the number of the turn
+        self._had: dict[str, dict[bytes, float]] = {}  # group → client → seconds that it has had
+        self._asked = count(1)
         self._next = count(1)
 
-    def ask(self, run: int) -> None:
-        """The run waits for its next turn, behind all that wait."""
-        self.waiting.append(run)
+    def ask(self, run: int, client: bytes, group: Group, priority: int = 0) -> None:
+        """The run waits for its next turn on the group."""
+        had = self._had.setdefault(group.name, {})
+        others = [*self.waiting.values(), *self.under_way.values()]
+        least = min((had[o.client] for o in others if o.group == group.name and o.client in had), default=0.0)
+        had[client] = max(had.get(client, 0.0), least)
+        self.waiting[run] = Waiting(
+            run, client, group.name, frozenset(group.devices), priority, next(self._asked)
+        )
 
     def forget(self, run: int) -> None:
         """The run waits no longer."""
-        if run in self.waiting:
-            self.waiting.remove(run)
+        self.waiting.pop(run, None)
 
-    def next(self, devices_of: Callable[[int], Iterable[str] | None]) -> int | None:
-        """The run whose turn it is; None while there is none.
+    def forget_client(self, client: bytes) -> None:
+        """A client is gone; a turn of it may still be under way."""
+        for had in self._had.values():
+            had.pop(client, None)
 
-        Args:
-            devices_of: the devices that a waiting run needs, None while it has no ready group.
-        """
+    def forget_group(self, group: str) -> None:
+        """The group is gone, and with it what its clients have had of it."""
+        self._had.pop(group, None)
+
+    def next(self) -> int | None:
+        """The run whose turn it is; None while there is none."""
+        first: dict[str, Waiting] = {}
+        for one in self.waiting.values():
+            other = first.get(one.group)
+            if other is None or self._order(one) < self._order(other):
+                first[one.group] = one
         spoken_for = set(self.busy)
-        for index, run in enumerate(self.waiting):
-            devices = devices_of(run)
-            if devices is None:
-                continue
-            needed = set(devices)
-            if needed.isdisjoint(spoken_for):
-                del self.waiting[index]
-                return run
-            spoken_for |= needed
+        for one in sorted(first.values(), key=lambda one: one.number):
+            if one.devices.isdisjoint(spoken_for):
+                return one.run
+            spoken_for |= one.devices
         return None
 
     def begin(self, run: int, group: Group, now: float) -> int:
         """The run's turn begins on the group: its devices are busy. Returns the turn's number."""
         number = next(self._next)
-        self.under_way[number] = run
+        self.under_way[number] = self.waiting.pop(run)
         self.busy.update(group.devices)
         group.turn, group.turn_since, group.used = number, now, now
         return number
@@ -66,8 +97,24 @@ class Turns:
             return None
         group.turn, group.used = None, now
         self.busy.difference_update(group.devices)
-        return self.under_way.pop(number)
+        one = self.under_way.pop(number)
+        had = self._had.get(group.name, {})
+        if one.client in had:
+            had[one.client] += max(now - group.turn_since, LEAST) / 2.0**one.priority
+        return one.run
 
     def has(self, run: int) -> bool:
         """Whether the run is in a turn now."""
-        return run in self.under_way.values()
+        return any(one.run == run for one in self.under_way.values())
+
+    def before(self, run: int) -> int:
+        """How many runs get a turn on its group before it, as things are."""
+        mine = self.waiting.get(run)
+        if mine is None:
+            return 0
+        return sum(
+            self._order(one) < self._order(mine) for one in self.waiting.values() if one.group == mine.group
+        )
+
+    def _order(self, one: Waiting) -> tuple[float, int, int]:
+        return self._had[one.group].get(one.client, 0.0), -one.priority, one.number

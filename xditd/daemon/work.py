@@ -7,11 +7,11 @@ from typing import Any
 
 from msgspec import structs
 
-from xditd.daemon.runs import Asked
+from xditd.daemon.runs import Asked, Work
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code
-from xditd.protocol.tensors import Tensor
+from xditd.protocol.tensors import ITEMSIZE, Tensor
 
 Answer = m.Denoised | m.Sampled | m.Decoded | m.Encoded | m.TextEncoded
 Turn = o.TurnDenoise | o.TurnSample | o.TurnDecode | o.TurnEncode | o.TurnEncodeText
@@ -57,6 +57,23 @@ def turn(order: int, run: int, asked: Asked) -> Turn:
         out=work.out,
         pooled_out=work.pooled_out,
     )
+
+
+PICTURE = 16 * 128 * 128
+"""Elements of a latent of 1024 × 1024 pixels."""
+
+
+def effort(work: Work) -> float:
+    """How much one turn of it is, roughly: 1 for what every turn costs, and 1 for each picture of 1024 × 1024."""
+    if isinstance(work, m.Denoise):
+        elements = sum(item.x.nbytes // ITEMSIZE[item.x.dtype] for item in work.items)
+    elif isinstance(work, m.Sample):
+        elements = work.noise.nbytes // ITEMSIZE[work.noise.dtype] * (1 if work.cfg == 1.0 else 2)
+    elif isinstance(work, m.Decode):
+        elements = work.latent.nbytes // ITEMSIZE[work.latent.dtype]
+    else:
+        elements = work.image.nbytes // ITEMSIZE[work.image.dtype] // 12  # a latent's elements of its pixels'
+    return 1.0 + elements / PICTURE
 
 
 def alone(tensor: Tensor, frames: Sequence[Any]) -> tuple[Tensor, Sequence[Any]]:

@@ -60,6 +60,15 @@ class ArenaStatus(Struct, frozen=True, kw_only=True):
     bytes: int
 
 
+class MemoryStatus(Struct, frozen=True, kw_only=True):
+    """The memory of one device, before or after something was ended. Figures are None where the hardware does not tell."""
+
+    device: str
+    total: int | None  # bytes
+    used: int | None  # bytes, by all processes
+    models: int  # bytes that the daemon counts for the models on it
+
+
 class PreloadStatus(Struct, frozen=True, kw_only=True):
     """A model that the configuration wants ready."""
 

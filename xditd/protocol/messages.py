@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union
 from msgspec import Meta, Struct, field
 
 from xditd.protocol.codec import tags
-from xditd.protocol.figures import ArenaStatus, DeviceStatus, PreloadStatus, RankStatus
+from xditd.protocol.figures import ArenaStatus, DeviceStatus, MemoryStatus, PreloadStatus, RankStatus
 from xditd.protocol.plans import ModelInfo, ModelRef, Name, Plan, PlanRequest, SkippedFile
 from xditd.protocol.tensors import Tensor
 from xditd.protocol.watching import Happened, Watch, Watched
@@ -62,6 +62,7 @@ class RunStatus(Struct, frozen=True, kw_only=True):
     position: int = 0  # in the queue; 0 is running
     age: float = 0.0  # seconds
     rebinds: int = 0
+    priority: int = 0
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -114,6 +115,14 @@ class Unload(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="unload"
     force: bool = False
 
 
+class FreeMemory(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="free_memory", tag_field="type"):
+    """End models that no run uses, those that are worth least first, until each device has so many bytes back."""
+
+    id: Id
+    bytes: Annotated[int, Meta(ge=0, le=2**53)] = 0  # 0 is all that can be given back
+    devices: tuple[Name, ...] = ()  # () is all
+
+
 class OpenRun(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="open_run", tag_field="type"):
     """Queue a run; answered when it is bound to a ready group."""
 
@@ -121,6 +130,7 @@ class OpenRun(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="open_r
     model: ModelRef
     plan: PlanRequest = field(default_factory=PlanRequest)
     label: Annotated[str, Meta(max_length=256)] = ""
+    priority: Annotated[int, Meta(ge=-2, le=2)] = 0
 
 
 class PutConditioning(
@@ -234,6 +244,7 @@ Request = Union[
     Models,
     Load,
     Unload,
+    FreeMemory,
     OpenRun,
     PutConditioning,
     Denoise,
@@ -294,11 +305,23 @@ class Loaded(Struct, frozen=True, kw_only=True, tag="loaded", tag_field="type"):
     dtype: str  # that it computes in
     seconds: float
     warm: bool  # it was ready before
+    groups: tuple[str, ...] = ()  # of all replicas that are ready
+    warnings: tuple[str, ...] = ()  # replicas that are not there, and why
 
 
 class Unloaded(Struct, frozen=True, kw_only=True, tag="unloaded", tag_field="type"):
     re: Id
     groups: tuple[str, ...]
+    before: tuple[MemoryStatus, ...] = ()  # of the groups' devices
+    after: tuple[MemoryStatus, ...] = ()
+
+
+class MemoryFreed(Struct, frozen=True, kw_only=True, tag="memory_freed", tag_field="type"):
+    re: Id
+    groups: tuple[str, ...]  # that were ended
+    in_use: tuple[str, ...]  # that runs use, and that stayed
+    before: tuple[MemoryStatus, ...]
+    after: tuple[MemoryStatus, ...]
 
 
 class RunOpened(Struct, frozen=True, kw_only=True, tag="run_opened", tag_field="type"):
@@ -380,6 +403,7 @@ class Queued(Struct, frozen=True, kw_only=True, tag="queued", tag_field="type"):
     run: Id | None
     position: int  # runs before it; 0 is next
     phase: str  # "waiting", or the group's slowest rank's: "importing", "joining", "loading"
+    estimate: float | None = None  # seconds until it is its turn, by what others took; None is unknown
 
 
 class Progress(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="progress", tag_field="type"):
@@ -416,6 +440,7 @@ Reply = Union[
     ModelList,
     Loaded,
     Unloaded,
+    MemoryFreed,
     RunOpened,
     ConditioningPut,
     Denoised,

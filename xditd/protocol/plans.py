@@ -36,7 +36,9 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     pipefusion: Degree = 0
     tensor: Degree = 0
     replicas: Degree = 0  # groups that hold the model, each on its share of the devices; 0 is one
-    scheduling: Name = "round_robin"  # which of them takes a run: "least_loaded", "weighted_round_robin", "adaptive"
+    scheduling: Name = (
+        "round_robin"  # which of them takes a run: "least_loaded", "weighted_round_robin", "adaptive"
+    )
 
 
 class Plan(Struct, frozen=True, kw_only=True):

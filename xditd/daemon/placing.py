@@ -1,0 +1,117 @@
+"""Which waiting run gets a place on which group, and what its client hears meanwhile. Decides; does nothing itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from xditd.daemon import line
+from xditd.daemon.experience import Experience
+from xditd.daemon.groups import Group
+from xditd.daemon.runs import Key, Run
+from xditd.daemon.scheduling import Candidate, Rota
+from xditd.protocol import messages as m
+
+MAX_ROTAS = 256
+"""Sets of replicas whose last choice is remembered; past that all begin anew."""
+
+
+class Placing:
+    """Places on groups.
+
+    Args:
+        places: runs that one group takes at once.
+        weights: of devices, for `weighted_round_robin`; a group has that of its slowest device.
+    """
+
+    def __init__(self, places: int, weights: Mapping[str, float]) -> None:
+        self.places = places
+        self.weights = weights
+        self.experience = Experience()
+        self._rotas: dict[tuple[Key, ...], Rota] = {}
+
+    def line(self, runs: Collection[Run], now: float) -> list[Run]:
+        """The runs that wait for a place, in the order in which they get one."""
+        queued = [run for run in runs if run.state == "queued"]
+        bound = Counter(run.peer for run in runs if run.group) if queued else {}
+        return line.in_order(queued, bound, now)
+
+    def next(
+        self, runs: Collection[Run], groups: Collection[Group], now: float
+    ) -> Iterator[tuple[Run, Group]]:
+        """Every run that gets a place now, and where; each is to be bound before the next is asked for.
+
+        Args:
+            groups: that are ready and take runs.
+        """
+        taken = Counter(run.group for run in runs)
+        free = {group.key: group for group in groups if taken[group.name] < self.places}
+        for run in self.line(runs, now) if free else ():
+            fitting = [free[key] for key in run.keys if key in free]
+            if fitting:
+                group = fitting[0] if len(fitting) == 1 else self._choose(run, fitting, runs, groups)
+                yield run, group
+                taken[group.name] += 1
+                if taken[group.name] >= self.places:
+                    del free[group.key]
+
+    def news(
+        self, runs: Sequence[Run], line: Sequence[Run], groups: Collection[Group], now: float
+    ) -> Iterator[tuple[Run, m.Queued]]:
+        """While a run waits for its first group, its client hears how far that is, whenever that has changed."""
+        positions = {run.id: position for position, run in enumerate(line)}
+        for run in runs:
+            if run.state != "queued" or run.announced:
+                continue
+            mine = [group for group in groups if group.key in run.keys]
+            starting = next((group for group in mine if group.state == "starting"), None)
+            told = positions[run.id], starting.phase if starting is not None else "waiting"
+            if run.told != told:
+                run.told = told
+                seconds = self.seconds_until(told[0], mine, now)
+                yield (
+                    run,
+                    m.Queued(re=run.reopen, run=run.id, position=told[0], phase=told[1], estimate=seconds),
+                )
+
+    def seconds_until(self, position: int, groups: Sequence[Group], now: float) -> float | None:
+        """Seconds until a run is let in, by what runs and loads took before; None while that is not known.
+
+        Args:
+            position: runs before it.
+            groups: that could take it.
+        """
+        ready = [group for group in groups if group.state == "ready"]
+        if ready:
+            lasts = self.experience.run_seconds(ready[0].key)
+            return None if lasts is None else round(lasts * (position + 1) / (self.places * len(ready)), 3)
+        loads = [
+            max(0.0, known - (now - group.started))
+            for group in groups
+            if group.state == "starting" and (known := self.experience.load_seconds(group.key)) is not None
+        ]
+        return round(min(loads), 3) if loads else None
+
+    def _choose(
+        self, run: Run, fitting: Sequence[Group], runs: Collection[Run], groups: Collection[Group]
+    ) -> Group:
+        """The replica that the run's scheduling chooses."""
+        devices = {group.name: group.devices for group in groups}
+        ahead: Counter[str] = Counter()  # effort by device: groups that share one wait for each other
+        for other in runs:
+            for device in devices.get(other.group, ()):
+                ahead[device] += other.effort  # type: ignore[assignment]
+        candidates = [
+            Candidate(
+                group.name,
+                ahead=max(ahead[device] for device in group.devices),
+                seconds=self.experience.turn_seconds(group.key),
+                weight=min(self.weights.get(device, 0.0) for device in group.devices),
+                warm=group.turns > 0,
+            )
+            for group in fitting
+        ]
+        if len(self._rotas) > MAX_ROTAS:
+            self._rotas.clear()
+        chosen = self._rotas.setdefault(run.keys, Rota()).choose(run.scheduling, candidates, run.effort)
+        return fitting[candidates.index(chosen)]

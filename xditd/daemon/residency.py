@@ -1,0 +1,196 @@
+"""Which models stay in memory: whether one more has room, who makes room for it, who has stayed long enough. Pure.
+
+A group is counted with an estimate (weights, and a margin for activations) until its last rank is gone; what devices
+say themselves counts too, so that other programs are seen. All CPU ranks share one memory, the machine's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from xditd.catalog.catalog import Found
+from xditd.daemon.groups import Group
+from xditd.daemon.ports import Memory, MemoryPort
+from xditd.daemon.runs import Key
+from xditd.protocol.tensors import ITEMSIZE
+
+SETTLE = 5.0
+"""Seconds after which memory that nobody of ours holds is taken to be another program's."""
+
+HOLDING = frozenset({"starting", "ready", "leaving", "failed"})
+"""States of a group whose processes may hold memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How long a model stays that no run uses, in seconds; `math.inf` is for ever."""
+
+    usual: float = math.inf
+    of: Mapping[str, float] = field(default_factory=dict)  # by "kind/name"
+
+    def seconds(self, group: Group) -> float:
+        return self.of.get(f"{group.ref.kind}/{group.ref.name}", self.usual)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is to happen to a group that waits for room.
+
+    Attributes:
+        fits: it may start.
+        evict: groups to end for it, which no run uses.
+        hold: groups that runs use and that it needs gone: none of them takes another run, if it has waited for long.
+        never: why it can not have room, as a sentence; "" where it may.
+    """
+
+    fits: bool = False
+    evict: tuple[Group, ...] = ()
+    hold: tuple[Group, ...] = ()
+    never: str = ""
+
+
+class Residency:
+    """The rules of memory.
+
+    Args:
+        memory: what devices say.
+        keep: how long who stays.
+        margin: bytes of activations, of each rank.
+        patience: seconds after which a model that waits for room gets it from models that are in use.
+    """
+
+    def __init__(
+        self, memory: MemoryPort, keep: Keep | None = None, margin: int = 0, patience: float = 30.0
+    ) -> None:
+        self.memory = memory
+        self.keep = keep or Keep()
+        self.margin = margin
+        self.patience = patience
+
+    def needs(self, found: Found, key: Key) -> dict[str, int]:
+        """Bytes that a group takes, by the pool of memory.
+
+        Every rank has all weights, but for those that tensor parallelism and PipeFusion split.
+        """
+        weights = found.info.parameters * ITEMSIZE[key.dtype] // (key.plan.tensor * key.plan.pipefusion)
+        needs: dict[str, int] = {}
+        for device in key.plan.devices:
+            needs[pool(device)] = needs.get(pool(device), 0) + weights + self.margin
+        return needs
+
+    def resident(self, groups: Iterable[Group], device: str) -> int:
+        """Bytes that the groups are counted with on a device's memory."""
+        return sum(self._of(group, pool(device)) for group in groups if group.state in HOLDING)
+
+    def too_large(self, found: Found, key: Key) -> str:
+        """Why the model can never have room, whoever else leaves; "" where it can."""
+        for where, needed in self.needs(found, key).items():
+            memory = self.memory.memory(where)
+            if memory is not None and needed > memory.total:
+                return (
+                    f"{found.info.name} needs {_gib(needed)} on {where}, but the daemon may use {_gib(memory.total)} "
+                    f"of it; spread it over more devices or raise the limit"
+                )
+        return ""
+
+    def decide(
+        self, group: Group, groups: Sequence[Group], in_use: Callable[[Group], bool], now: float
+    ) -> Verdict:
+        """Whether a group that waits has room, and who is to make some."""
+        evict: list[Group] = []
+        hold: list[Group] = []
+        coming = False  # memory that is on its way back
+        for where, needed in self.needs(group.found, group.key).items():
+            memory = self.memory.memory(where)
+            if memory is None:
+                continue
+            there = [one for one in groups if one.state in HOLDING and self._of(one, where)]
+            lacking: float = needed - self._room(memory, there, where)
+            if lacking <= 0:
+                continue
+            leaving = [one for one in there if one.state in ("leaving", "failed")]
+            coming = coming or bool(leaving)
+            lacking -= sum(self._back(one, where) for one in (*leaving, *evict))
+            lacking = self._take(lacking, [g for g in there if not in_use(g)], where, evict, now)
+            busy = [g for g in there if in_use(g) and g.state in ("starting", "ready")]
+            if lacking > 0 and not busy and not evict and not leaving and now - group.started > SETTLE:
+                return Verdict(
+                    never=f"{group.found.info.name} needs {_gib(needed)} on {where}, {_gib(lacking)} more than is "
+                    f"free; another program holds the rest"
+                )
+            self._take(lacking, busy, where, hold, now)
+            coming = coming or lacking > 0
+        held = tuple(hold) if now - group.started > self.patience else ()
+        return Verdict(fits=not evict and not hold and not coming, evict=tuple(evict), hold=held)
+
+    def expired(self, groups: Iterable[Group], in_use: Callable[[Group], bool], now: float) -> list[Group]:
+        """Groups that no run has used for as long as they are to be kept."""
+        return [
+            g for g in groups if g.state == "ready" and now - g.used >= self.keep.seconds(g) and not in_use(g)
+        ]
+
+    def to_free(
+        self,
+        nbytes: int,
+        devices: Iterable[str],
+        groups: Iterable[Group],
+        in_use: Callable[[Group], bool],
+        now: float,
+    ) -> list[Group]:
+        """Groups to end so that each device gets so many bytes back, or all that can be where `nbytes` is 0."""
+        idle = [group for group in groups if group.state in ("starting", "ready") and not in_use(group)]
+        chosen: list[Group] = []
+        for where in dict.fromkeys(pool(device) for device in devices):
+            wanted: float = nbytes or math.inf
+            self._take(wanted - sum(self._back(one, where) for one in chosen), idle, where, chosen, now)
+        return chosen
+
+    # -------------------------------------------------------------------------------------------- inside
+
+    def _of(self, group: Group, where: str) -> int:
+        return self.needs(group.found, group.key).get(where, 0)
+
+    def _back(self, group: Group, where: str) -> int:
+        """Bytes that come back when it is gone: what its ranks say, where that is more."""
+        told = sum(r.device_memory or 0 for r in group.ranks if pool(r.device) == where)
+        return max(self._of(group, where), told)
+
+    def _room(self, memory: Memory, there: Sequence[Group], where: str) -> int:
+        """By estimate and by what the device says; a group that starts has not taken all that it will."""
+        counted = memory.total - sum(self._of(one, where) for one in there)
+        starting = sum(self._of(one, where) for one in there if one.state == "starting")
+        return min(counted, memory.free - starting)
+
+    def _take(
+        self, lacking: float, groups: Sequence[Group], where: str, into: list[Group], now: float
+    ) -> float:
+        """Adds the groups that are worth least until nothing is lacking. Returns what still is."""
+        taken: list[Group] = []
+        for group in sorted(groups, key=lambda one: -worthless(one, now)):
+            if lacking <= 0:
+                break
+            if group.state in ("starting", "ready") and group not in into and self._of(group, where):
+                taken.append(group)
+                lacking -= self._back(group, where)
+        for group in list(taken):  # a small one that a large one made unnecessary stays
+            if lacking + self._back(group, where) <= 0:
+                taken.remove(group)
+                lacking += self._back(group, where)
+        into.extend(taken)
+        return lacking
+
+
+def worthless(group: Group, now: float) -> float:
+    """How little a group is worth: long idle, and quickly loaded again."""
+    return (now - group.used) / max(group.ready_after or 0.0, 0.1)
+
+
+def pool(device: str) -> str:
+    """The memory that a device has: its own, or the machine's."""
+    return "cpu" if device.startswith("cpu") else device
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.1f} MiB"
