@@ -102,6 +102,7 @@ class Dispatcher:
             touched=now,
         )
         self.runs[run.id] = run
+        self.placing.joined(run, self.runs.values())
         self.settle(now)
         if run.state == "queued":
             self._tell([run], now)
@@ -170,15 +171,6 @@ class Dispatcher:
             self.fleet.leave(group, now)  # behind the turn that it may be in
         self.settle(now)
 
-    def free_memory(self, nbytes: int, devices: Sequence[str], now: float) -> list[Group]:
-        """Ends models that no run uses, until each device has so many bytes back; 0 is all. Returns the groups."""
-        groups = list(self.fleet.groups.values())
-        chosen = self.fleet.residency.to_free(nbytes, devices, groups, self.uses, now)
-        for group in chosen:
-            group.problem = "Ended to give memory back"
-            self.fleet.leave(group, now)
-        return chosen
-
     def client_gone(self, peer: bytes, segments: tuple[int, ...], now: float) -> None:
         """A client's connection ended: its runs end, the ranks drop its segments."""
         for run in [run for run in self.runs.values() if run.peer == peer]:
@@ -245,10 +237,10 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------ from the fleet
 
     def wanted(self, group: Group) -> bool:
-        return bool(self._waiting_for(group)) or (
-            # A replica that failed comes again as long as somebody counts on the set.
-            bool(group.code) and any(group.key in run.keys for run in self.runs.values())
-        )
+        return any(group.key in run.keys for run in self.runs.values())
+
+    def depends(self, group: Group) -> bool:
+        return bool(self._hopeless(group))
 
     def uses(self, group: Group) -> bool:
         return self.holds(group) or bool(self._waiting_for(group))
@@ -388,6 +380,8 @@ class Dispatcher:
             self.placing.experience.run(group.key, now - run.placed)
             group.used = now
         del self.runs[run.id]
+        if not any(other.peer == run.peer for other in self.runs.values()):
+            self.placing.left(run.peer)
         self._changed = True
         self.ended(run)
 

@@ -7,6 +7,7 @@ it listens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -45,7 +46,10 @@ class Listener(Protocol):
     """Who must know what becomes of groups."""
 
     def wanted(self, group: Group) -> bool:
-        """Whether a run waits for such a group, or counts on it as a replica that failed."""
+        """Whether a run counts on such a group: it waits for it, or is bound to it or to another replica."""
+
+    def depends(self, group: Group) -> bool:
+        """Whether a run waits for it that could go to no other."""
 
     def uses(self, group: Group) -> bool:
         """Whether a run is bound to it, or waits for such a group."""
@@ -108,10 +112,8 @@ class Fleet:
         problem: XditError | None = None
         there = any(group.key in keys and group.state != "gone" for group in self.groups.values())
         for key in keys:
-            if there and not self._find(key) and not self._has_room(found, key, now):
-                continue
             try:
-                self._get(key, ref, found, now)
+                self._get(key, ref, found, now, spare=there)
                 there = True
             except XditError as error:
                 problem = problem or error
@@ -165,7 +167,7 @@ class Fleet:
         held: set[str] = set()
         for group in waiting:
             needs = set(self.residency.needs(group.found, group.key))
-            if not self.listener.uses(group) and not self.loads.wants(group.key):
+            if not self.listener.wanted(group) and not self.loads.wants(group.key):
                 self.leave(group, now)
             elif spoken_for.isdisjoint(needs):
                 verdict = self.residency.decide(group, list(self.groups.values()), self._in_use, now)
@@ -173,6 +175,9 @@ class Fleet:
                     group.go("admit")
                     group.started = now
                     self.ranks.start(group)
+                    continue
+                if group.spare:
+                    del self.groups[group.name]
                     continue
                 if verdict.never:
                     self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now)
@@ -183,6 +188,15 @@ class Fleet:
                     self.leave(one, now)
             spoken_for |= needs
         self.held = frozenset(held)
+
+    def free_memory(self, nbytes: int, devices: Sequence[str], now: float) -> list[Group]:
+        """Ends models that no run uses, until each device has so many bytes back; 0 is all. Returns the groups."""
+        groups = list(self.groups.values())
+        chosen = self.residency.to_free(nbytes, devices, groups, self._in_use, now)
+        for group in chosen:
+            group.problem = "Ended to give memory back"
+            self.leave(group, now)
+        return chosen
 
     def forget_peer(self, peer: bytes) -> None:
         """A client is gone: nobody waits for its loads."""
@@ -276,7 +290,7 @@ class Fleet:
         present = [group for group in self.groups.values() if group.key == key]
         return min(present, key=lambda group: _NEAREST.index(group.state), default=None)
 
-    def _get(self, key: Key, ref: m.ModelRef, found: Found, now: float) -> Group:
+    def _get(self, key: Key, ref: m.ModelRef, found: Found, now: float, *, spare: bool = False) -> Group:
         """The group for a key: one that serves, one that will, or a new one.
 
         Raises:
@@ -284,6 +298,7 @@ class Fleet:
         """
         present = self._find(key)
         if present is not None:
+            present.spare = present.spare and spare
             return present
         if self.restarts.exhausted(key, now):
             raise XditError(
@@ -294,28 +309,25 @@ class Fleet:
         too_large = self.residency.too_large(found, key)
         if too_large:
             raise XditError(Code.OUT_OF_MEMORY, f"{too_large}.")
-        return self._make(f"g{next(self._names)}", 1, ref, found, key, now)
-
-    def _make(self, name: str, generation: int, ref: m.ModelRef, found: Found, key: Key, now: float) -> Group:
-        """A group that waits for room; `admit` starts it."""
-        group = Group(name, generation, ref, found, key, started=now, used=now)
-        self.groups[name] = group
+        group = Group(f"g{next(self._names)}", 1, ref, found, key, started=now, used=now, spare=spare)
+        self.groups[group.name] = group  # it waits for room; `admit` starts it
         return group
-
-    def _has_room(self, found: Found, key: Key, now: float) -> bool:
-        """Whether such a group could start without another's leaving."""
-        ref = m.ModelRef(kind="", name="")
-        trial = Group("", 0, ref, found, key, started=now)
-        waiting = any(group.state == "waiting" for group in self.groups.values())
-        return (
-            not waiting and self.residency.decide(trial, list(self.groups.values()), self._in_use, now).fits
-        )
 
     def _in_use(self, group: Group) -> bool:
         """Whether it must not be ended. A group whose memory is needed does not live on by who waits for it."""
         if group.name in self.held:
             return self.listener.holds(group)
         return self.listener.uses(group) or (group.state != "ready" and self.loads.wants(group.key))
+
+    def _needed(self, group: Group) -> bool:
+        """Whether another is to take its place: somebody waits, or it failed and somebody counts on the replicas."""
+        if self.loads.wants(group.key):
+            return True
+        if group.given_up:  # what made it fail would again: its replicas serve without it
+            return self.listener.depends(group)
+        if self.listener.uses(group):
+            return True
+        return bool(group.code) and self.listener.wanted(group)
 
     def _gone(self, group: Group, now: float) -> None:
         self.listener.group_gone(group, now)
@@ -327,7 +339,7 @@ class Fleet:
         if self.closed:
             del self.groups[group.name]
             self._give_up(group, Code.STOPPING, now)
-        elif not self.listener.wanted(group) and not self.loads.wants(group.key):
+        elif not self._needed(group):
             del self.groups[group.name]
         elif self.restarts.exhausted(group.key, now):
             del self.groups[group.name]
@@ -336,9 +348,12 @@ class Fleet:
             group.restart_at = now + delay
         else:
             del self.groups[group.name]  # behind those that wait for room already
-            self._make(group.name, group.generation + 1, group.ref, group.found, group.key, now)
+            self.groups[group.name] = Group(
+                group.name, group.generation + 1, group.ref, group.found, group.key, started=now, used=now
+            )
 
     def _give_up(self, group: Group, code: Code | str, now: float) -> None:
+        group.given_up = True
         message = f"{group.ref.name} could not be served. {group.problem}".rstrip(".") + "."
         self.loads.given_up(group.key, code, message, self.groups.values(), now)
         self.listener.given_up(group, code, message, now)

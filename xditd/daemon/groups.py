@@ -53,6 +53,8 @@ class Group:
     turn_since: float = 0.0  # monotonic seconds
     problem: str = ""
     code: str = ""
+    given_up: bool = False  # who waited for it was told that it does not come
+    spare: bool = False  # a further replica: it starts only where that drives nobody out
     left_at: float | None = None  # monotonic seconds when it was told to leave, or was killed
     restart_at: float | None = None  # monotonic seconds when a gone group's next generation starts
     used: float = 0.0  # monotonic seconds of the last turn or binding

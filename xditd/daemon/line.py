@@ -14,14 +14,14 @@ AGEING = 60.0
 """Seconds of waiting that are worth one step of priority."""
 
 
-def in_order(waiting: Iterable[Run], bound: Mapping[bytes, int], now: float) -> list[Run]:
+def in_order(waiting: Iterable[Run], had: Mapping[bytes, int], now: float) -> list[Run]:
     """The runs in the order in which they are let in.
 
     Args:
-        bound: by client, how many runs of it have a place already.
+        had: by client, how many places it was given already.
     """
     runs = sorted(waiting, key=lambda run: (-_level(run, now), run.id))
-    rounds = dict(bound)
+    rounds = dict(had)
     keys: dict[int, tuple[int, int, int]] = {}
     for run in runs:
         turn = rounds.get(run.peer, 0)

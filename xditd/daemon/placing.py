@@ -29,12 +29,21 @@ class Placing:
         self.weights = weights
         self.experience = Experience()
         self._rotas: dict[tuple[Key, ...], Rota] = {}
+        self._had: dict[bytes, int] = {}  # places by client, of those that have runs
+
+    def joined(self, run: Run, runs: Collection[Run]) -> None:
+        """A run is new. A client that is new begins where the others were before the places that they hold now."""
+        if run.peer not in self._had:
+            held = Counter(other.peer for other in runs if other.group)
+            self._had[run.peer] = min((had - held[peer] for peer, had in self._had.items()), default=0)
+
+    def left(self, client: bytes) -> None:
+        """The client has no run any more."""
+        self._had.pop(client, None)
 
     def line(self, runs: Collection[Run], now: float) -> list[Run]:
         """The runs that wait for a place, in the order in which they get one."""
-        queued = [run for run in runs if run.state == "queued"]
-        bound = Counter(run.peer for run in runs if run.group) if queued else {}
-        return line.in_order(queued, bound, now)
+        return line.in_order([run for run in runs if run.state == "queued"], self._had, now)
 
     def next(
         self, runs: Collection[Run], groups: Collection[Group], now: float
@@ -51,6 +60,7 @@ class Placing:
             if fitting:
                 group = fitting[0] if len(fitting) == 1 else self._choose(run, fitting, runs, groups)
                 yield run, group
+                self._had[run.peer] += 1
                 taken[group.name] += 1
                 if taken[group.name] >= self.places:
                     del free[group.key]

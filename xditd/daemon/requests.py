@@ -215,7 +215,7 @@ class Requests:
     def _free_memory(self, session: Session, message: m.FreeMemory, now: float) -> None:
         devices = planner.devices(message.devices, list(self.devices))
         before = self._memory([devices])
-        groups = self.dispatcher.free_memory(message.bytes, devices, now)
+        groups = self.dispatcher.fleet.free_memory(message.bytes, devices, now)
         log.info("Freed for %s: %s.", session.name, ", ".join(group.name for group in groups) or "nothing")
         self._leaving.append((session.peer, message, Departure(groups, before)))
         self._departed()
