@@ -71,8 +71,10 @@ def effort(work: Work) -> float:
         elements = work.noise.nbytes // ITEMSIZE[work.noise.dtype] * (1 if work.cfg == 1.0 else 2)
     elif isinstance(work, m.Decode):
         elements = work.latent.nbytes // ITEMSIZE[work.latent.dtype]
-    else:
+    elif isinstance(work, m.Encode):
         elements = work.image.nbytes // ITEMSIZE[work.image.dtype] // 12  # a latent's elements of its pixels'
+    else:
+        elements = 0  # a text
     return 1.0 + elements / PICTURE
 
 
