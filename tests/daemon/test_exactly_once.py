@@ -7,17 +7,32 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.daemon.world import DEADLINES, REF, VAE, World
+from xditd.daemon.residency import Keep
+from xditd.daemon.scheduling import POLICIES
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import XditError
 
+OTHER = m.ModelRef(kind="diffusion_models", name="other.safetensors")
+
 
 class Daemon(RuleBasedStateMachine):
-    """Clients ask, cancel and die; ranks answer, raise, hang and die; the clock runs."""
+    """Clients ask, cancel and die; ranks answer, raise, hang and die; memory is short; the clock runs.
+
+    Of the four models in it, two fit into the memory at once, the one with replicas with one of them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(restart_limit=4, restart_backoff=3.0)
+        self.world = World(
+            restart_limit=4,
+            restart_backoff=3.0,
+            places=3,
+            queue=12,
+            memory_total=20,
+            keep=Keep(usual=300.0, of={"vae/ae.safetensors": 0.0}),
+            patience=4.0,
+        )
         self.requests: list[int] = []
 
     def runs(self) -> list:
@@ -26,15 +41,41 @@ class Daemon(RuleBasedStateMachine):
     def groups(self, *states: str) -> list:
         return [g for g in self.world.core.fleet.groups.values() if g.state in states]
 
-    @rule(peer=st.sampled_from([b"a", b"b"]), ref=st.sampled_from([REF, VAE]), one=st.booleans())
-    def open(self, peer, ref, one):
+    @rule(
+        peer=st.sampled_from([b"a", b"b"]),
+        ref=st.sampled_from([REF, VAE, OTHER]),
+        how=st.sampled_from([{"devices": ("cpu:0",)}, {"replicas": 2}, {}]),
+        scheduling=st.sampled_from(POLICIES),
+        priority=st.integers(-2, 2),
+    )
+    def open(self, peer, ref, how, scheduling, priority):
         try:
-            run = self.world.open(peer=peer, ref=ref, devices=("cpu:0",) if one else ())
+            run = self.world.open(peer=peer, ref=ref, scheduling=scheduling, priority=priority, **how)
         except XditError as error:
-            if error.code != "model_failed":
+            expected = ("model_failed", "queue_full", "draining")
+            if error.code not in expected:
                 raise
             return
         self.requests.append(run.reopen)
+
+    @precondition(lambda self: not self.world.core.draining)
+    @rule(ref=st.sampled_from([REF, OTHER]), replicas=st.sampled_from([1, 2]))
+    def load(self, ref, replicas):
+        self.requests.append(self.world.load(ref=ref, replicas=replicas))
+
+    @rule(nbytes=st.sampled_from([0, 4]))
+    def free_memory(self, nbytes):
+        in_use = [g for g in self.groups("ready") if self.world.core.uses(g)]
+        self.world.core.fleet.free_memory(nbytes, self.world.devices, self.world.now)
+        assert all(group.state == "ready" for group in in_use)
+
+    @rule()
+    def drain(self):
+        self.world.core.draining = True
+
+    @rule(others=st.sampled_from([0, 0, 8]))
+    def another_program_comes_or_goes(self, others):
+        self.world.memory_others = others
 
     @precondition(lambda self: self.groups("starting"))
     @rule(data=st.data())
@@ -81,10 +122,17 @@ class Daemon(RuleBasedStateMachine):
         if not alive:
             self.world.leave(group)
 
-    @precondition(lambda self: self.groups("ready"))
+    @precondition(lambda self: self.groups("leaving"))
+    @rule(data=st.data())
+    def ranks_leave(self, data):
+        leaving = [g for g in self.groups("leaving") if not g.turn]
+        if leaving:
+            self.world.leave(data.draw(st.sampled_from(leaving)))
+
+    @precondition(lambda self: self.groups("waiting", "starting", "ready"))
     @rule(data=st.data(), force=st.booleans())
     def unload(self, data, force):
-        group = data.draw(st.sampled_from(self.groups("ready")))
+        group = data.draw(st.sampled_from(self.groups("waiting", "starting", "ready")))
         try:
             self.world.core.unload([group], force, self.world.now)
         except XditError as error:
@@ -102,6 +150,40 @@ class Daemon(RuleBasedStateMachine):
         for request in self.requests:
             final = [r for r in self.world.of(request) if r.__struct_config__.tag not in m.EVENTS]
             assert len(final) <= 1, final
+
+    @invariant()
+    def memory_is_never_promised_twice(self):
+        world = self.world
+        held = world.core.fleet.residency.resident(world.core.fleet.groups.values(), "cpu:0")
+        assert held <= world.memory_total
+
+    @invariant()
+    def no_group_has_more_runs_than_places_or_a_run_that_is_not_its_own(self):
+        for group in self.world.core.fleet.groups.values():
+            runs = self.world.core.runs_on(group)
+            assert len(runs) <= self.world.places
+            assert all(group.key in run.keys for run in runs)
+
+    @invariant()
+    def nothing_waits_for_what_is_there(self):
+        """A queued run has a group on its way, or all those that serve are full or kept for others."""
+        core = self.world.core
+        for run in self.runs():
+            if run.state == "queued":
+                mine = [g for g in core.fleet.groups.values() if g.key in run.keys]
+                assert mine, f"run {run.id} waits for nothing"
+                assert all(
+                    g.state != "ready"
+                    or g.name in core.fleet.held
+                    or len(core.runs_on(g)) >= self.world.places
+                    for g in mine
+                )
+
+    @invariant()
+    def no_device_stands_idle_while_a_run_could_have_it(self):
+        core = self.world.core
+        waiting = core.turns.waiting.values()
+        assert all(not one.devices.isdisjoint(core.turns.busy) for one in waiting) or core.turns.busy
 
     @invariant()
     def devices_are_busy_only_with_turns_under_way(self):
@@ -128,5 +210,5 @@ class Daemon(RuleBasedStateMachine):
             world.end_of(request)
 
 
-Daemon.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Daemon.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 TestExactlyOnce = Daemon.TestCase
