@@ -16,8 +16,8 @@ LAST_WORDS = 4000
 
 
 @contextmanager
-def serving(**settings: object) -> Iterator[str]:
-    """Runs `python -m xditd.daemon` and yields its endpoint. A client's own timeout waits until it answers.
+def serving(module: str = "xditd.daemon", /, **settings: object) -> Iterator[str]:
+    """Runs `python -m xditd.daemon`, or what stands in for it, and yields its endpoint. A client's own timeout waits until it answers.
 
     Args:
         settings: keys of its configuration, with `__` for the dot: `devices__cpu_ranks=1`.
@@ -30,7 +30,7 @@ def serving(**settings: object) -> Iterator[str]:
         keys = {"endpoint": endpoint, "log.level": "warning"} | {
             name.replace("__", "."): value for name, value in settings.items()
         }
-        command = [sys.executable, "-m", "xditd.daemon"]
+        command = [sys.executable, "-m", module]
         for key, value in keys.items():
             command += ["--set", f"{key}={json.dumps(value)}"]
         log = Path(folder, "log")
