@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,21 @@ def time_table(seen: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     rows += [_row(name, values) for name, values in seen["times"].items() if values]
-    usual = [(cpu, wall) for cpu, wall, spawned in seen["callbacks"] if not spawned]
-    rows.append(_row("a callback of the event loop", [cpu for cpu, _ in usual]))
+    callbacks = seen["callbacks"]
+    spawned = [bool(number) for number in callbacks["spawned"]]
     rows.append(
-        _row("the same on the wall, with whoever had the core meanwhile", [wall for _, wall in usual])
+        _row(
+            "a callback of the event loop",
+            [v for v, s in zip(callbacks["cpu"], spawned, strict=True) if not s],
+        )
     )
     rows.append(
-        _row("a callback that starts ranks", [cpu for cpu, _, spawned in seen["callbacks"] if spawned])
+        _row(
+            "the same on the wall, with whoever had the core meanwhile",
+            [v for v, s in zip(callbacks["wall"], spawned, strict=True) if not s],
+        )
     )
+    rows.append(_row("a callback that starts ranks", list(compress(callbacks["cpu"], spawned))))
     return rows
 
 

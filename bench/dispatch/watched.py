@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,15 @@ CALLS = {
 }
 """What happens to the core: decisions, answers to clients, orders to ranks."""
 
-times: dict[str, list[float]] = {name: [] for name in (*DECISIONS, *CALLS)}
-callbacks: list[tuple[float, float, bool]] = []
-"""CPU seconds and wall seconds of each callback of the event loop, and whether a process was started in it."""
+# Arrays: lists of so many floats would have the garbage collector look at them, in the time that is measured.
+times = {name: array("d") for name in (*DECISIONS, *CALLS)}
+callbacks = {name: array("d") for name in ("cpu", "wall", "spawned")}
+"""CPU seconds and wall seconds of each callback of the event loop, and how many processes were started in it."""
 
 spawned = [0]
 
 
-def clocked(times: list[float], call: Callable[..., Any]) -> Callable[..., Any]:
+def clocked(times: array[float], call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def timed(*arguments: Any, **named: Any) -> Any:
         begin = time.thread_time()
@@ -73,7 +75,9 @@ def watch() -> None:
         before = spawned[0]
         cpu, wall = time.thread_time(), time.perf_counter()
         run(handle)
-        callbacks.append((time.thread_time() - cpu, time.perf_counter() - wall, spawned[0] > before))
+        callbacks["cpu"].append(time.thread_time() - cpu)
+        callbacks["wall"].append(time.perf_counter() - wall)
+        callbacks["spawned"].append(spawned[0] - before)
 
     LocalExecutor.spawn = counted  # type: ignore[method-assign]
     asyncio.Handle._run = timed  # type: ignore[method-assign]
@@ -84,7 +88,10 @@ def main() -> int:
     try:
         return daemon.main()
     finally:
-        seen = {"times": times, "callbacks": callbacks}
+        seen = {
+            "times": {name: list(values) for name, values in times.items()},
+            "callbacks": {name: list(values) for name, values in callbacks.items()},
+        }
         Path(os.environ[VARIABLE]).write_text(json.dumps(seen), encoding="utf-8")
 
 

@@ -53,9 +53,12 @@ class Placing:
         Args:
             groups: that are ready and take runs.
         """
+        queue = self.line(runs, now)
+        if not queue:
+            return
         taken = Counter(run.group for run in runs)
         free = {group.key: group for group in groups if taken[group.name] < self.places}
-        for run in self.line(runs, now) if free else ():
+        for run in queue if free else ():
             fitting = [free[key] for key in run.keys if key in free]
             if fitting:
                 group = fitting[0] if len(fitting) == 1 else self._choose(run, fitting, runs, groups)
