@@ -1,6 +1,7 @@
 """`python -m bench.dispatch.watched`: the daemon, with a clock around its decisions and around its event loop's callbacks.
 
-CPU time of the thread, not time on the wall: what else the machine does is not the daemon's. Writes what it saw as JSON
+CPU time of the thread, not time on the wall: what else the machine does is not the daemon's. The loop is asyncio's own,
+whose callbacks can be timed; on uvloop, which a daemon takes where it is installed, they are no longer. Writes what it saw as JSON
 to the file that XDITD_BENCH_WATCH names, when the daemon ends.
 """
 
@@ -79,6 +80,7 @@ def watch() -> None:
         callbacks["wall"].append(time.perf_counter() - wall)
         callbacks["spawned"].append(spawned[0] - before)
 
+    sys.modules["uvloop"] = None  # type: ignore[assignment]
     LocalExecutor.spawn = counted  # type: ignore[method-assign]
     asyncio.Handle._run = timed  # type: ignore[method-assign]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.cli import reports
 from xditd.protocol.errors import XditError
-from xditd.protocol.messages import Loaded, ModelInfo, Queued, Unloaded
+from xditd.protocol.messages import Loaded, MemoryFreed, MemoryStatus, ModelInfo, Queued, Unloaded
 
 
 class Scripted:
@@ -29,6 +29,13 @@ class Scripted:
                 warm=False,
             ),
             "unload": Unloaded(re=1, groups=("g3", "g4")),
+            "free_memory": MemoryFreed(
+                re=1,
+                groups=("g4",),
+                in_use=("g3",),
+                before=(MemoryStatus(device="cuda:0", total=80 << 30, used=60 << 30, models=50 << 30),),
+                after=(MemoryStatus(device="cuda:0", total=80 << 30, used=35 << 30, models=25 << 30),),
+            ),
             "cancel": None,
             "drain": None,
         } | answers

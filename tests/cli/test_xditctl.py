@@ -21,7 +21,7 @@ from xditd.cli.status_view import status_view
 from xditd.cli.xditctl import main
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.figures import PreloadStatus
-from xditd.protocol.messages import ModelList, ModelRef, PlanRequest, StatusReport
+from xditd.protocol.messages import Loaded, ModelList, ModelRef, PlanRequest, StatusReport
 
 
 @pytest.fixture
@@ -134,6 +134,32 @@ def test_load_asks_for_the_plan_and_tells_the_phases(ask):
     assert result.stderr.count("import torch") == 1, "each phase is told once"
     assert "ranks load the model" in result.stderr
     assert "is ready after 4.2 s: group g3, ulysses 2 on cuda:0, cuda:1" in result.stdout
+
+
+def test_load_says_which_replicas_are_there_and_which_are_not(ask):
+    loaded = Loaded(
+        re=1,
+        group="g1",
+        plan=reports.PLAN,
+        model=reports.models().models[0],
+        dtype="bfloat16",
+        seconds=1.0,
+        warm=False,
+        groups=("g1", "g2", "g4"),
+        warnings=("No replica on cuda:4, cuda:5: the file is gone.",),
+    )
+    result = ask("load diffusion_models/flux.safetensors --devices 0-7 --replicas 4", load=loaded)
+    assert result.client.asked[1][1][1] == PlanRequest(devices=("0-7",), replicas=4)
+    assert "3 replicas: groups g1, g2 and g4" in result.stdout
+    assert "No replica on cuda:4" in result.stdout
+
+
+def test_free_tells_what_came_back_and_what_is_in_use(ask):
+    result = ask("free --gib 10 --devices 0,1")
+    assert ("free_memory", (10 << 30, ("0", "1")), {}) in result.client.asked
+    assert "Ended g4." in result.stdout
+    assert "cuda:0: 60.0 GiB in use before, 35.0 GiB after" in result.stdout
+    assert "Runs use g3." in result.stdout
 
 
 def test_unload_wants_one_thing_named(ask):

@@ -219,6 +219,17 @@ def test_who_comes_back_is_owed_nothing():
     assert b"bbb" not in b"".join(order)
 
 
+def test_status_tells_how_many_are_before_each_that_waits():
+    world = World(places=2)
+    a, b = world.open_ready(peer=b"a"), world.open_ready(peer=b"b")
+    c = world.open(peer=b"c")
+    world.denoise(a)
+    world.denoise(b)  # a is in its turn: b is next
+    assert world.core.positions(world.now) == {b.id: 0, c.id: 0}
+    d = world.open(peer=b"d")
+    assert world.core.positions(world.now)[d.id] == 1
+
+
 def test_nothing_of_a_client_or_a_group_is_left_in_the_books():
     world = World()
     run = world.open_ready(peer=b"a")

@@ -21,7 +21,7 @@ from xditd.cli import words
 from xditd.protocol.messages import Queued, Rebound
 
 PHASES = {
-    "waiting": "waiting for a group",
+    "waiting": "waiting for a place or for memory",
     "starting": "ranks start",
     "importing": "ranks import torch and xfuser",
     "joining": "ranks join their world",
@@ -60,6 +60,8 @@ class PhaseBar:
         text = PHASES.get(event.phase, event.phase)
         if event.position:
             text += f", {words.plural(event.position, 'run')} before this one"
+        if event.estimate:
+            text += f", about {words.duration(event.estimate)}"
         if self._progress is not None:
             done = list(PHASES).index(event.phase) if event.phase in PHASES else 0
             self._progress.update(self._task, completed=done, phase=text)

@@ -1,4 +1,4 @@
-"""`xditctl models`, `load` and `unload`: files that can be loaded, and groups that hold them."""
+"""`xditctl models`, `load`, `unload` and `free`: files that can be loaded, and groups that hold them."""
 
 from __future__ import annotations
 
@@ -45,9 +45,12 @@ def plan_options(command: F) -> F:
     return command
 
 
-def plan_of(ulysses: int, ring: int, devices: str) -> PlanRequest:
-    names = tuple(name for name in (part.strip() for part in devices.split(",")) if name)
-    return PlanRequest(ulysses=ulysses, ring=ring, devices=names)
+def plan_of(ulysses: int, ring: int, devices: str, replicas: int = 0) -> PlanRequest:
+    return PlanRequest(ulysses=ulysses, ring=ring, devices=_names(devices), replicas=replicas)
+
+
+def _names(devices: str) -> tuple[str, ...]:
+    return tuple(name for name in (part.strip() for part in devices.split(",")) if name)
 
 
 @click.command()
@@ -107,6 +110,12 @@ def show_models(console: Console, answer: ModelList) -> None:
 @click.command()
 @click.argument("model", type=MODEL)
 @plan_options
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, 1024),
+    default=1,
+    help="Groups that share the devices evenly, for several runs at once; default: 1.",
+)
 @click.option("--dtype", type=DTYPES, help="Compute dtype; default: the file's own.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0), help="Seconds to wait; default: as long as the daemon does."
@@ -119,6 +128,7 @@ def load(
     ulysses: int,
     ring: int,
     devices: str,
+    replicas: int,
     dtype: str | None,
     timeout: float | None,
     as_json: bool,
@@ -129,9 +139,10 @@ def load(
     Examples:
       xditctl load diffusion_models/flux1-dev.safetensors
       xditctl load diffusion_models/flux1-dev.safetensors --ulysses 2 --ring 2 --devices 0,1,2,3
+      xditctl load diffusion_models/flux1-dev.safetensors --devices 0-7 --replicas 4
     """
     model = msgspec.structs.replace(model, dtype=dtype or "")
-    plan = plan_of(ulysses, ring, devices)
+    plan = plan_of(ulysses, ring, devices, replicas if replicas > 1 else 0)
     with connect(endpoint, shared_memory=False) as client, PhaseBar(stderr(), words.model(model)) as bar:
         answer = client.load(model, plan, on_event=bar.on_event, timeout=timeout)
     if as_json:
@@ -141,6 +152,10 @@ def load(
     where = f"{words.degrees(answer.plan)} on {', '.join(answer.plan.devices)}"
     console = stdout()
     console.print(f"{words.OK} {words.model(model)} {how}: group {answer.group}, {where}", markup=False)
+    if len(answer.groups) > 1:
+        console.print(f"   {len(answer.groups)} replicas: groups {words.joined(answer.groups)}", markup=False)
+    for warning in answer.warnings:
+        console.print(f"{words.WARNING} {warning}", style="yellow", markup=False)
     if answer.plan.reason:
         console.print(f"   {answer.plan.reason}", style="dim", markup=False)
 
@@ -169,3 +184,36 @@ def unload(endpoint: str | None, model: ModelRef | None, group: str, force: bool
         stdout().print(
             f"{words.OK} Ended {words.joined(answer.groups) or 'nothing: no group held it'}.", markup=False
         )
+
+
+@click.command()
+@click.option(
+    "--gib", type=click.FloatRange(min=0), default=0, help="GiB that each device gets back; default: all."
+)
+@click.option("--devices", default="", metavar="0,1", help="Which devices; default: all.")
+@json_option
+@endpoint_option
+def free(endpoint: str | None, gib: float, devices: str, as_json: bool) -> None:
+    """Give memory back: end models that no run uses, those that are worth least first.
+
+    \b
+    Examples:
+      xditctl free
+      xditctl free --gib 10 --devices 0
+    """
+    with connect(endpoint, shared_memory=False) as client:
+        answer = client.free_memory(int(gib * 2**30), _names(devices))
+    if as_json:
+        print_json(answer)
+        return
+    console = stdout()
+    console.print(
+        f"{words.OK} Ended {words.joined(answer.groups) or 'nothing: no idle model is there'}.", markup=False
+    )
+    for before, after in zip(answer.before, answer.after, strict=True):
+        console.print(
+            f"   {before.device}: {words.size(before.used)} in use before, {words.size(after.used)} after",
+            markup=False,
+        )
+    if answer.in_use:
+        console.print(f"   Runs use {words.joined(answer.in_use)}.", style="dim", markup=False)

@@ -310,11 +310,10 @@ class Dispatcher:
         others = {one.key for one in self.fleet.groups.values() if one not in (group, *besides)}
         return [run for run in self._waiting_for(group) if others.isdisjoint(run.keys)]
 
-    def position(self, run: Run, now: float) -> int:
-        """How many runs are before it; 0 is next, or running."""
-        if run.state == "queued":
-            return self.placing.line(self.runs.values(), now).index(run)
-        return self.turns.before(run.id)
+    def positions(self, now: float) -> dict[int, int]:
+        """How many runs are before each that waits, for a place or for a turn."""
+        queue = self.placing.line(self.runs.values(), now)
+        return self.turns.positions() | {run.id: before for before, run in enumerate(queue)}
 
     def _place(self, now: float) -> None:
         """Binds queued runs for which a group is ready that has a place."""

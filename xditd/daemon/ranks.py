@@ -89,6 +89,8 @@ class Ranks:
     ) -> None:
         if isinstance(order, o.Leave):
             self.dispatcher.noticed(group)
+            why = f" {group.problem}." if group.problem else ""
+            log.info("%s leaves.%s", group.ref.name, why, extra={"group": group.name})
         try:
             arena = self.arena_of(peer) if peer is not None else None
             if arena is not None:
@@ -110,7 +112,7 @@ class Ranks:
             process.ordered += 1
 
     def kill(self, group: Group) -> None:
-        if group.problem:
+        if group.code:
             extra = {"group": group.name, "generation": group.generation, "code": group.code}
             log.error("%s failed: %s.", group.ref.name, group.problem.rstrip("."), extra=extra)
         self.executor.kill(group.name)

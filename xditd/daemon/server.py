@@ -195,6 +195,7 @@ class Server:
         dispatcher, arenas = self.dispatcher, self.clients.arenas
         leases = arenas.list() if arenas is not None else []
         groups = dispatcher.fleet.groups.values()
+        positions = dispatcher.positions(now)
         pids = [rank.pid for group in groups for rank in group.ranks if rank.pid and not rank.gone]
         rss = {pid: used for pid in pids if (used := _rss(pid)) is not None}
         names = {s.arena.token: s.name for s in self.clients.sessions.values() if s.arena is not None}
@@ -207,7 +208,7 @@ class Server:
             uptime=now - self.started,
             devices=self.gauges.status(dispatcher.turns.busy, now),
             groups=tuple(group.status(len(dispatcher.runs_on(group)), rss) for group in groups),
-            runs=tuple(run.status(now, dispatcher.position(run, now)) for run in dispatcher.runs.values()),
+            runs=tuple(run.status(now, positions.get(run.id, 0)) for run in dispatcher.runs.values()),
             arenas=tuple(
                 m.ArenaStatus(
                     client=names.get(arena.token, ""),

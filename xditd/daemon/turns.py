@@ -10,6 +10,7 @@ as long as it takes none of the devices that the earlier one waits for: so nothi
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import count
 
@@ -107,14 +108,14 @@ class Turns:
         """Whether the run is in a turn now."""
         return any(one.run == run for one in self.under_way.values())
 
-    def before(self, run: int) -> int:
-        """How many runs get a turn on its group before it, as things are."""
-        mine = self.waiting.get(run)
-        if mine is None:
-            return 0
-        return sum(
-            self._order(one) < self._order(mine) for one in self.waiting.values() if one.group == mine.group
-        )
+    def positions(self) -> dict[int, int]:
+        """By run that waits: how many get a turn on its group before it, as things are."""
+        ahead: Counter[str] = Counter()
+        positions: dict[int, int] = {}
+        for one in sorted(self.waiting.values(), key=self._order):
+            positions[one.run] = ahead[one.group]
+            ahead[one.group] += 1
+        return positions
 
     def _order(self, one: Waiting) -> tuple[float, int, int]:
         return self._had[one.group].get(one.client, 0.0), -one.priority, one.number
