@@ -272,7 +272,8 @@ class Dispatcher:
                 self._take_back(run, group, lost, now)
 
     def group_gone(self, group: Group, now: float) -> None:
-        self.noticed(group)
+        if group.all_gone:  # one that only waited for room was never announced
+            self.noticed(group)
         self._turn_over(group, group.turn, now)
         for run in self.runs_on(group):
             self._end(run, Code.RUN_CANCELLED, run.leaving or group.problem, now)
