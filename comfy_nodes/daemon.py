@@ -52,7 +52,8 @@ def telling(what: str) -> Callable[[Any], None]:
     def tell(event: Any) -> None:
         if isinstance(event, m.Queued):
             if event.position:
-                say(f"⏳ {what}: {event.position} before it")
+                about = "" if event.estimate is None else f", about {event.estimate:.0f} s"
+                say(f"⏳ {what}: {event.position} before it{about}")
             elif event.phase != "waiting":
                 say(f"⏳ {what}: {event.phase}")
         elif isinstance(event, m.Rebound):

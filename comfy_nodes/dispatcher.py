@@ -6,6 +6,7 @@ dispatcher has the daemon see to it anew, which costs nothing where the model is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,8 @@ from xditd.protocol.messages import ModelRef, PlanRequest
 STRATEGIES = ("auto", "Hybrid", "USP", "PipeFusion", "CFG", "Tensor")
 SCHEDULINGS = ("round_robin", "least_loaded", "weighted_round_robin", "adaptive")
 
+_NAME = re.compile(r"(?P<kind>cuda:|cpu:)?(?P<first>[0-9]{1,4})(-(?P<last>[0-9]{1,4}))?")
+
 
 @dataclass(frozen=True)
 class Dispatcher:
@@ -23,15 +26,13 @@ class Dispatcher:
     Attributes:
         endpoint: of the daemon; "" looks where a client looks.
         model: the file.
-        plan: the devices and the strategy.
-        replicas, scheduling, allow_approximate, fallback: as the loaders' inputs of these names.
+        plan: the devices, the strategy, how many replicas, and which of them takes a run.
+        allow_approximate, fallback: as the loaders' inputs of these names.
     """
 
     endpoint: str
     model: ModelRef
     plan: PlanRequest
-    replicas: int = 1
-    scheduling: str = SCHEDULINGS[0]
     allow_approximate: bool = False
     fallback: bool = False
 
@@ -42,32 +43,30 @@ class Dispatcher:
 
 
 def device_names(text: str) -> tuple[str, ...]:
-    """The devices of a gpu_devices input: "0,1,2,3" or "cuda:0, cuda:1"; "" is all that the daemon owns.
+    """The devices of a gpu_devices input: "0,1,2,3", "0-3" or "cuda:0, cuda:1"; "" is all that the daemon owns.
 
     Raises:
         XditError: `bad_device` for what names none, or one twice.
     """
-    names = [
-        name.strip() for name in text.replace("\uff0c", ",").split(",")
-    ]  # a Chinese keyboard's comma too
-    if names == [""]:
+    if not text.strip():
         return ()
-    for name in names:
-        kind, _, number = name.rpartition(":")
-        if not number.isascii() or not number.isdigit() or kind not in ("", "cuda", "cpu"):
+    names: list[str] = []
+    for name in text.replace("\uff0c", ",").split(","):  # a Chinese keyboard's comma too
+        found = _NAME.fullmatch(name.strip())
+        if found is None or (found["last"] and int(found["last"]) < int(found["first"])):
             raise XditError(
                 Code.BAD_DEVICE,
-                f"gpu_devices has {name!r}, which names no device; write numbers, as in 0,1,2,3, or leave it empty "
-                "for all that the daemon owns.",
+                f"gpu_devices has {name.strip()!r}, which names no device; write numbers, as in 0,1,2,3 or 0-3, or leave "
+                "it empty for all that the daemon owns.",
             )
+        numbers = range(int(found["first"]), int(found["last"] or found["first"]) + 1)
+        names += [f"{found['kind'] or ''}{number}" for number in numbers]
     if len(set(names)) < len(names):
         raise XditError(Code.BAD_DEVICE, f"gpu_devices names a device twice: {text}.")
     return tuple(names)
 
 
-def refuse_unbuilt(
-    *, strategy: str, replicas: int, scheduling: str, allow_approximate: bool, fallback: bool
-) -> None:
+def refuse_unbuilt(*, strategy: str, scheduling: str, allow_approximate: bool, fallback: bool) -> None:
     """Refuses choices that this version knows and does not have; none is ignored.
 
     Raises:
@@ -78,8 +77,6 @@ def refuse_unbuilt(
             raise XditError(Code.BAD_VALUE, f"There is no {chosen!r}; choose {', '.join(choices)}.")
     unbuilt: Sequence[tuple[bool, str, str]] = (
         (strategy in ("PipeFusion", "Tensor"), f"the strategy {strategy}", "auto, Hybrid, USP or CFG"),
-        (replicas > 1, f"{replicas} replicas", "1"),
-        (scheduling != SCHEDULINGS[0], f"scheduling {scheduling}", SCHEDULINGS[0]),
         (
             fallback,
             "fallback",

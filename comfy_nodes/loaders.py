@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Loaded, ModelRef, PlanRequest
 
-from . import daemon
+from . import daemon, freeing
 from .clip import make_clip
 from .dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
 from .patcher import make_model, remote
@@ -43,7 +43,7 @@ def _choices() -> list[Any]:
             min=1,
             max=8,
             optional=True,
-            tooltip="How many copies share the work; 1 in this version.",
+            tooltip="How many copies of the model share the work, each on its share of gpu_devices.",
         ),
         io.Combo.Input(
             "strategy",
@@ -63,7 +63,7 @@ def _choices() -> list[Any]:
             options=list(SCHEDULINGS),
             default=SCHEDULINGS[0],
             optional=True,
-            tooltip="Which replica takes the next image.",
+            tooltip="Which replica takes the next image: in turn, the least loaded, a faster one more often, or the first to be done.",
         ),
         io.Boolean.Input(
             "fallback",
@@ -269,14 +269,16 @@ NODES = [LoadCheckpoint, LoadUNet, LoadVAE, LoadCLIP, LoadDualCLIP, LoadTripleCL
 
 def _plan(choices: dict[str, Any]) -> PlanRequest:
     strategy = choices.get("strategy") or STRATEGIES[0]
+    scheduling = choices.get("scheduling") or SCHEDULINGS[0]
     refuse_unbuilt(
         strategy=strategy,
-        replicas=choices.get("replicas") or 1,
-        scheduling=choices.get("scheduling") or SCHEDULINGS[0],
+        scheduling=scheduling,
         allow_approximate=bool(choices.get("allow_approximate")),
         fallback=bool(choices.get("fallback")),
     )
-    return PlanRequest(strategy=strategy, devices=device_names(choices.get("gpu_devices") or ""))
+    devices = device_names(choices.get("gpu_devices") or "")
+    replicas = choices.get("replicas") or 1
+    return PlanRequest(strategy=strategy, devices=devices, replicas=replicas, scheduling=scheduling)
 
 
 def _dispatcher(kind: str, name: str, choices: dict[str, Any]) -> Dispatcher:
@@ -294,6 +296,7 @@ def _load(spec: Dispatcher) -> Loaded:
         ),
         was_there=False,
     )
+    freeing.used(spec)
     return loaded
 
 
@@ -314,10 +317,11 @@ def _empty_prompt(clip: Any) -> dict[str, Any]:
 
 
 def _done(spec: Dispatcher, loaded: Loaded, *lacks: str) -> None:
-    lack = "".join(lacks)
+    lack = "".join([*lacks, *(f"; {warning}" for warning in loaded.warnings)])
     say(f"{'⚠️' if lack else '✅'} {_how(spec, loaded)}{lack}")
 
 
 def _how(spec: Dispatcher, loaded: Loaded) -> str:
     how = "was warm" if loaded.warm else f"loaded in {loaded.seconds:.1f} s"
-    return f"{spec.model.name} {how} on {', '.join(loaded.plan.devices)}"
+    more = f" and {len(loaded.groups) - 1} replicas more" if len(loaded.groups) > 1 else ""
+    return f"{spec.model.name} {how} on {', '.join(loaded.plan.devices)}{more}"

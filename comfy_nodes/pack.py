@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import loaders, samplers, status
+from . import freeing, loaders, samplers, status
+from .say import running_server
 
 TWINS = {
     "CheckpointLoaderSimple": (loaders.LoadCheckpoint, ("ckpt_name",)),
@@ -37,4 +38,6 @@ class Pack(ComfyExtension):
             await ComfyAPI().node_replacement.register(replacement)
 
     async def get_node_list(self) -> list[type[Any]]:
+        if (server := running_server()) is not None:
+            freeing.listen(server)
         return [*loaders.NODES, *samplers.NODES, status.DaemonStatus]

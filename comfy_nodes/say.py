@@ -6,19 +6,23 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from xditd.protocol.errors import XditError
 
 log = logging.getLogger("xditd.nodes")
 
 
+def running_server() -> Any:
+    """ComfyUI's server, or None. Looked up, not imported: without one, as in a script, that has effects of its own."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
 def say(text: str) -> None:
     """Shows a line on the node that is being executed; in the log where there is none."""
     from comfy_execution.utils import get_executing_context
 
-    # Looked up, not imported: without a server, as in a script, its import has effects of its own.
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    context = get_executing_context()
+    server, context = running_server(), get_executing_context()
     if context is None or server is None:
         log.info("%s", text)
     else:

@@ -12,7 +12,6 @@ from xditd.protocol.messages import ModelRef, PlanRequest
 
 BUILT: dict[str, Any] = {
     "strategy": "auto",
-    "replicas": 1,
     "scheduling": "round_robin",
     "allow_approximate": False,
     "fallback": False,
@@ -30,7 +29,7 @@ def test_two_wishes_for_the_same_are_one() -> None:
     """A KSampler compares its MODEL's with its XDIT_DISPATCHER, which may come out of ComfyUI's cache."""
     assert dispatcher() == dispatcher()
     assert dispatcher() != dispatcher(plan=PlanRequest(devices=("0",)))
-    assert dispatcher() != dispatcher(scheduling="adaptive")
+    assert dispatcher() != dispatcher(plan=PlanRequest(devices=("0", "1"), strategy="USP", replicas=2))
 
 
 def test_a_part_of_a_checkpoint_is_on_one_of_its_devices() -> None:
@@ -47,6 +46,8 @@ def test_a_part_of_a_checkpoint_is_on_one_of_its_devices() -> None:
         ("0", ("0",)),
         ("0,1,2,3", ("0", "1", "2", "3")),
         ("cuda:1, cuda:0", ("cuda:1", "cuda:0")),
+        ("0-3", ("0", "1", "2", "3")),
+        ("0, cuda:2-3", ("0", "cuda:2", "cuda:3")),
         ("0\uff0c1", ("0", "1")),  # a Chinese keyboard's comma
     ],
 )
@@ -54,7 +55,9 @@ def test_gpu_devices_as_people_write_them(text: str, names: tuple[str, ...]) -> 
     assert device_names(text) == names
 
 
-@pytest.mark.parametrize("text", ["0,,1", "all", "0;1", "-1", "cuda", "gpu:0", "0,1,0", "²"])
+@pytest.mark.parametrize(
+    "text", ["0,,1", "all", "0;1", "-1", "cuda", "gpu:0", "0,1,0", "0-2,1", "3-1", "0-", "²"]
+)
 def test_gpu_devices_that_name_none_are_refused(text: str) -> None:
     with pytest.raises(XditError) as refused:
         device_names(text)
@@ -64,6 +67,8 @@ def test_gpu_devices_that_name_none_are_refused(text: str) -> None:
 def test_what_is_built_passes() -> None:
     for strategy in ("auto", "Hybrid", "USP", "CFG"):
         refuse_unbuilt(**{**BUILT, "strategy": strategy})
+    for scheduling in SCHEDULINGS:
+        refuse_unbuilt(**{**BUILT, "scheduling": scheduling})
 
 
 @pytest.mark.parametrize(
@@ -71,8 +76,6 @@ def test_what_is_built_passes() -> None:
     [
         {"strategy": "PipeFusion"},
         {"strategy": "Tensor"},
-        *({"scheduling": scheduling} for scheduling in SCHEDULINGS[1:]),
-        {"replicas": 2},
         {"allow_approximate": True},
         {"fallback": True},
     ],

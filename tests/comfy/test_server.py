@@ -213,10 +213,23 @@ def test_a_comfyui_that_was_killed_finds_its_models_warm(
     second.stop()
 
 
+def test_free_memory_reaches_the_daemon_and_what_is_needed_again_comes_back(
+    comfy: Comfy, service: Service
+) -> None:
+    assert not comfy.run(flux(comfy, seed=70)).error
+    with service.client() as client:
+        assert client.status().groups
+        comfy.post("free", {"unload_models": True, "free_memory": True})
+        wait_for(lambda: not client.status().groups, "the models to be unloaded")
+    outcome = comfy.run(flux(comfy, seed=71))
+    assert not outcome.error
+    assert picture(comfy, outcome).size == (SIZE, SIZE)
+
+
 def test_a_killed_rank_is_said_and_costs_no_picture(comfy: Comfy, service: Service) -> None:
     prompt = flux(comfy, seed=40, **{"XDiTKSampler.steps": 12})
     reference = picture(comfy, comfy.run(prompt))
-    comfy.post("free", {"unload_models": True, "free_memory": True})  # what was computed is forgotten
+    comfy.post("free", {"free_memory": True})  # what was computed is forgotten
     struck: list[bool] = []
 
     def strike(event: Event) -> None:

@@ -103,8 +103,6 @@ def test_a_file_that_the_daemon_does_not_see_is_named(service: Service, folder: 
     ("choice", "word"),
     [
         ({"strategy": "PipeFusion"}, "PipeFusion"),
-        ({"replicas": 2}, "2 replicas"),
-        ({"scheduling": "adaptive"}, "adaptive"),
         ({"fallback": True}, "fallback"),
         ({"allow_approximate": True}, "approximate"),
         ({"gpu_devices": "0,0"}, "twice"),
