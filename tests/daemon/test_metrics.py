@@ -76,6 +76,7 @@ def test_a_loop_that_hangs_costs_the_gauges_and_the_counters_are_told(counted, m
 
 def test_a_storm_of_scrapes_asks_the_loop_a_few_times_only(counted, monkeypatch):
     asked = []
+    monkeypatch.setattr(metrics, "FRESH", 1000.0)
     live = metrics._Live(lambda: asked.append(1) or reports.report(), counted.loop)
     for _ in range(50):
         list(live.collect())
