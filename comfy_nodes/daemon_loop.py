@@ -105,9 +105,14 @@ def _refuse(guider: Any, sigmas: torch.Tensor, model_options: dict[str, Any], de
         strange.append("a noise mask")
     if foreign(model_options, KINDS):
         strange.append("another node's code within a step")
-    sampling = guider.inner_model.model_sampling
+    sampling, multiplier = guider.inner_model.model_sampling, remote(guider.model_patcher).family.MULTIPLIER
+    if multiplier is None:
+        raise XditError(
+            Code.NOT_BUILT,
+            "The daemon's loop is built for flow models only; choose loop comfyui, which is as exact.",
+        )
     if not isinstance(sampling, comfy.model_sampling.CONST) or not torch.equal(
-        sampling.timestep(sigmas), sigmas
+        sampling.timestep(sigmas), sigmas * multiplier
     ):
         strange.append("a model sampling other than the family's own")
     if strange:

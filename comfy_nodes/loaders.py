@@ -15,6 +15,7 @@ from xditd.protocol.messages import Loaded, ModelRef, PlanRequest
 from . import daemon, freeing
 from .clip import make_clip
 from .dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
+from .families import family
 from .patcher import make_model, remote
 from .say import say, telling_refusals
 from .vae import RemoteVAE, missing_vae
@@ -114,10 +115,9 @@ class LoadCheckpoint(io.ComfyNode):
     def execute(cls, ckpt_name: str, **choices: Any) -> io.NodeOutput:
         spec = _dispatcher("checkpoints", ckpt_name, choices)
         loaded = _load(spec)
-        encoders = [
-            (part, found) for name in ("clip_l", "t5xxl") if (found := _part(part := spec.part(name)))
-        ]
-        clip = make_clip("flux", [(part, found.model) for part, found in encoders]) if encoders else None
+        kind = family(loaded.model)
+        encoders = [(part, found) for name in kind.ENCODERS if (found := _part(part := spec.part(name)))]
+        clip = make_clip(kind.CLIP, [(part, found.model) for part, found in encoders]) if encoders else None
         vae = _part(part := spec.part("vae"))
         _done(spec, loaded, "" if clip else "; no text encoders in it", "" if vae else "; no VAE in it")
         model = make_model(spec, loaded)

@@ -10,7 +10,7 @@ import torch
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo
 
-from . import flux
+from . import flux, pixart, sd3, sdxl
 
 
 class Family(Protocol):
@@ -18,6 +18,15 @@ class Family(Protocol):
 
     INPUTS: frozenset[str]
     """Names of a diffusion model call's inputs that it takes, besides x, timestep, context and what all have."""
+
+    CLIP: str
+    """The type of its CLIP, as ComfyUI's CLIP loaders call it."""
+
+    ENCODERS: tuple[str, ...]
+    """The text encoders that a checkpoint of it may have."""
+
+    MULTIPLIER: float | None
+    """A flow model's timestep is sigma times this; None: it is no flow model, and the daemon has no loop for it."""
 
     patch_size: int
 
@@ -30,7 +39,7 @@ class Family(Protocol):
         """The tensors and values that the daemon takes, from one conditioning's share of a call's inputs."""
 
 
-FAMILIES: dict[str, Family] = {"flux": flux}
+FAMILIES: dict[str, Family] = {"flux": flux, "sd3": sd3, "pixart": pixart, "sdxl": sdxl}
 
 
 def family(info: ModelInfo) -> Family:

@@ -8,10 +8,14 @@ from typing import Any
 import comfy.supported_models
 import torch
 
-from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo
 
+from .conditioning import needed
+
 INPUTS = frozenset({"y", "guidance"})
+CLIP = "flux"
+ENCODERS = ("clip_l", "t5xxl")
+MULTIPLIER = 1.0
 
 patch_size = 2
 
@@ -41,12 +45,8 @@ def conditioning(
     Raises:
         XditError: `bad_tensor` without a context.
     """
-    context, pooled, guidance = inputs.get("context"), inputs.get("y"), inputs.get("guidance")
-    if context is None:
-        raise XditError(
-            Code.BAD_TENSOR,
-            "This CONDITIONING has no text at all; connect a CLIP Text Encode, whose text may be empty.",
-        )
+    context = needed(inputs, "context", "text")
+    pooled, guidance = inputs.get("y"), inputs.get("guidance")
     if pooled is None:
         pooled = context.new_zeros(context.shape[0], info.facts["pooled_width"])
     values = {} if guidance is None else {"guidance": float(guidance[0])}

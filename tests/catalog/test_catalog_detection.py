@@ -223,9 +223,9 @@ def test_what_has_the_keys_of_flux_among_its_own_is_not_taken_for_flux(label, ke
 
 def test_the_prefix_of_a_checkpoint_hides_no_known_model():
     shapes = prefixed(
-        "model.diffusion_model.", {"input_blocks.0.0.weight": (1,), "label_emb.0.0.weight": (1, 2816)}
+        "model.diffusion_model.", {"input_blocks.0.0.weight": (1,), "label_emb.0.0.weight": (1, 2560)}
     )
-    assert "an SDXL UNet" in refusal(header_of(shapes)).message
+    assert "an SDXL refiner" in refusal(header_of(shapes)).message
 
 
 def test_one_shard_of_several_is_not_built():
@@ -280,7 +280,7 @@ def test_no_spoilt_file_does_anything_but_be_refused(part, shapes):
 
 def test_families_are_found_by_name():
     assert family("flux").part == "transformer"
-    assert set(FAMILIES) == {"flux", "autoencoder_kl", "clip", "t5", "echo"}
+    assert set(FAMILIES) == {"flux", "sd3", "pixart", "sdxl", "autoencoder_kl", "clip", "t5", "echo"}
     with pytest.raises(XditError) as caught:
-        family("sd3")
+        family("sd7")
     assert caught.value.code is Code.UNKNOWN_FAMILY

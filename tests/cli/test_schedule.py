@@ -41,6 +41,19 @@ def test_dev_is_comfyuis_simple():
     assert sigmas(20, 1.15) == pytest.approx((*simple, 0.0), abs=1e-12)
 
 
+def test_sd3_is_shifted_by_three():
+    from dataclasses import dataclass
+
+    @dataclass
+    class Info:
+        family: str = "sd3"
+        variant: str = "3.5_large"
+
+    habit = habits(Info())
+    assert shifted(0.5, habit.mu) == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
+    assert (habit.scale, habit.shift, habit.guidance) == (1.5305, 0.0609, None)
+
+
 def test_a_part_of_the_denoising_is_the_end_of_a_longer_schedule():
     assert sigmas(10, 1.15, denoise=0.5) == sigmas(20, 1.15)[-11:]
     assert shifted(1.0, 1.15) == pytest.approx(1.0)

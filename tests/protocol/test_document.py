@@ -116,15 +116,15 @@ def test_every_family_says_what_it_takes(name):
     assert name in SECTIONS
 
 
-def test_the_conditioning_of_flux_is_what_the_catalog_takes():
-    named = {row["name"] for row in SECTIONS["flux"].rows}
-    assert {"tensor `context`", "tensor `pooled`", "value `guidance`"} <= named
-    strange = {name for name in named if name.startswith(("tensor", "value"))} - {
-        "tensor `context`",
-        "tensor `pooled`",
-        "value `guidance`",
-    }
-    assert not strange
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.part == "transformer"])
+def test_the_conditioning_of_a_family_is_what_the_catalog_takes(name):
+    named = [row["name"] for row in SECTIONS[name].rows if row["request"] == "`put_conditioning`"]
+    family = FAMILIES[name]
+    tensors, values = (
+        [f"{kind} `{key}`" for key in keys]
+        for kind, keys in (("tensor", family.TENSORS), ("value", family.VALUES))
+    )
+    assert named == [*tensors, *values]
 
 
 def test_the_example_is_a_true_conversation():

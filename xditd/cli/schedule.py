@@ -1,6 +1,6 @@
 """Which sigmas a family is sampled with, and how its latents are scaled. Pure: numbers in, numbers out.
 
-Flux is a rectified flow: sigma goes from 1 (noise) to 0 (picture), and is shifted towards the noisy end by
+Flux and SD3 are rectified flows: sigma goes from 1 (noise) to 0 (picture), and is shifted towards the noisy end by
 
     shifted(sigma) = exp(mu) / (exp(mu) + 1 / sigma - 1)
 
@@ -39,6 +39,11 @@ class Habits:
 _HABITS = {
     ("flux", "dev"): Habits(mu=1.15, steps=20, guidance=3.5),
     ("flux", "schnell"): Habits(mu=0.0, steps=4, guidance=None),
+    **{
+        # ComfyUI's shift of 3 is exp(mu).
+        ("sd3", variant): Habits(mu=math.log(3.0), steps=28, guidance=None, scale=1.5305, shift=0.0609)
+        for variant in ("3", "3.5_large", "3.5_medium")
+    },
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from xditd.catalog.detection import PREFIXES, role
 from xditd.catalog.families import family
 from xditd.models.reading import WeightFile
+from xditd.models.tokens import Tokens
 from xditd.protocol.errors import Code, XditError
 
 
@@ -26,6 +27,9 @@ class Row:
 
 FAMILIES = {
     "flux": Row("transformer", "xditd.models.flux.network"),
+    "sd3": Row("transformer", "xditd.models.sd3.network"),
+    "pixart": Row("transformer", "xditd.models.pixart.network"),
+    "sdxl": Row("transformer", "xditd.models.sdxl.network"),
     "autoencoder_kl": Row("vae", "xditd.models.vae.network"),
     "clip": Row("text_encoder", "xditd.models.clip.network"),
     "t5": Row("text_encoder", "xditd.models.t5.network"),
@@ -36,16 +40,21 @@ class Transformer(Protocol):
     """What a transformer family's `load` returns."""
 
     backbone: Any
-    call: Any
+    call: Any  # runs the backbone: at first `partial(run, backbone)`
     heads: int
+    tokens: Tokens  # what `call` has by token
+    multiplier: float  # a flow model's t is sigma times this
     device: torch.device
     dtype: torch.dtype
 
     def condition(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Any:
         """A conditioning from what a client put."""
 
-    def predict(self, x: torch.Tensor, sigma: torch.Tensor, conditioning: Any) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Any) -> torch.Tensor:
         """The network's raw output at x."""
+
+    def run(self, module: Any, **keywords: Any) -> torch.Tensor:
+        """One call of a module, the backbone or what wraps it, on all tokens or on some: the tokens that it predicts."""
 
 
 def load(name: str, path: str | os.PathLike[str], part: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -116,28 +116,28 @@ def flux_weights(
     facts: Mapping[str, int], *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, prefix: str = ""
 ) -> Weights:
     """Random weights of a Flux transformer, by the makers' keys."""
-    return _random(flux.parameters(facts), dtype, seed, prefix)
+    return random_weights(flux.parameters(facts), dtype, seed, prefix)
 
 
 def vae_weights(
     facts: Mapping[str, int], *, dtype: torch.dtype = torch.float32, seed: int = 0, prefix: str = ""
 ) -> Weights:
     """Random weights of an AutoencoderKL, by the makers' keys."""
-    return _random(autoencoder_kl.parameters(facts), dtype, seed, prefix)
+    return random_weights(autoencoder_kl.parameters(facts), dtype, seed, prefix)
 
 
 def clip_weights(
     facts: Mapping[str, int], *, dtype: torch.dtype = torch.float16, seed: int = 0, prefix: str = ""
 ) -> Weights:
     """Random weights of a CLIP text encoder, by transformers' keys."""
-    return _random(clip.parameters(facts), dtype, seed, prefix)
+    return random_weights(clip.parameters(facts), dtype, seed, prefix)
 
 
 def t5_weights(
     facts: Mapping[str, int], *, dtype: torch.dtype = torch.float16, seed: int = 0, prefix: str = ""
 ) -> Weights:
     """Random weights of a T5 encoder, by the makers' keys."""
-    return _random(t5.parameters(facts), dtype, seed, prefix)
+    return random_weights(t5.parameters(facts), dtype, seed, prefix)
 
 
 def make_flux(
@@ -166,7 +166,7 @@ def make_flux(
         latent_channels=latent_channels,
         guidance=guidance,
     )
-    return _write(path, flux_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+    return write(path, flux_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
 
 
 def make_vae(
@@ -185,7 +185,7 @@ def make_vae(
     facts = vae_facts(
         width=width, multiples=multiples, blocks=blocks, latent_channels=latent_channels, quant=quant
     )
-    return _write(path, vae_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+    return write(path, vae_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
 
 
 def make_clip(
@@ -204,7 +204,7 @@ def make_clip(
     facts = clip_facts(
         width=width, layers=layers, vocabulary=vocabulary, positions=positions, projection=projection
     )
-    return _write(path, clip_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+    return write(path, clip_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
 
 
 def make_t5(
@@ -224,7 +224,7 @@ def make_t5(
     facts = t5_facts(
         width=width, layers=layers, heads=heads, head_dim=head_dim, vocabulary=vocabulary, gated=gated
     )
-    return _write(path, t5_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+    return write(path, t5_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
 
 
 def make_checkpoint(
@@ -258,7 +258,7 @@ def make_checkpoint(
         start = "text_encoders.t5xxl.transformer."
         weights |= t5_weights(t5xxl, dtype=dtype, seed=seed + 3, prefix=start)
     weights["text_encoders.clip_l.logit_scale"] = torch.tensor(4.6052, dtype=dtype)
-    return _write(path, weights)
+    return write(path, weights)
 
 
 def make_models(folder: str | os.PathLike[str]) -> list[Path]:
@@ -300,7 +300,8 @@ def make_text_models(folder: str | os.PathLike[str]) -> list[Path]:
     ]
 
 
-def _random(shapes: Shapes, dtype: torch.dtype, seed: int, prefix: str) -> Weights:
+def random_weights(shapes: Shapes, dtype: torch.dtype, seed: int, prefix: str) -> Weights:
+    """Random weights of these shapes, by key, such that signals keep their size."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: tuple[int, ...], deviation: float) -> torch.Tensor:
@@ -322,6 +323,10 @@ def _gain(key: str, shape: tuple[int, ...]) -> float:
     """What a layer's output is to be against its input. Modulation follows a SiLU of sums, hence more than 1."""
     if "_mod." in key or "modulation." in key or "adaLN" in key:
         return 1.5
+    if key.endswith("scale_shift_table"):
+        return math.sqrt(shape[1]) / 2  # added to what a linear layer gave
+    if key == "pos_embed":
+        return math.sqrt(math.prod(shape[1:]) / 2)  # as sines and cosines are
     if key.endswith("_embedding.weight") or key == "shared.weight":
         return math.sqrt(shape[1])  # a row is an output by itself
     if key.endswith("SelfAttention.q.weight"):
@@ -329,7 +334,8 @@ def _gain(key: str, shape: tuple[int, ...]) -> float:
     return 1.0
 
 
-def _write(path: str | os.PathLike[str], weights: Weights) -> Path:
+def write(path: str | os.PathLike[str], weights: Weights) -> Path:
+    """Writes a safetensors file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path, metadata={"format": "pt"})

@@ -30,6 +30,15 @@ CPU = Attention("flash_cpu", "native", "SDPA_FLASH")
 CUDNN = Attention("cudnn", "_native_cudnn", "CUDNN")
 EFFICIENT = Attention("efficient", "native", "SDPA_EFFICIENT")
 
+TORCHS = "sdpa"
+"""The name of what torch chooses itself, call by call."""
+
+
+def obeyed(backbone: torch.nn.Module) -> bool:
+    """Whether a module of diffusers computes with the kernel that it is told. Its older classes ask torch."""
+    processors = (getattr(module, "processor", None) for module in backbone.modules())
+    return any(hasattr(processor, "_attention_backend") for processor in processors)
+
 
 def choose(device: torch.device, dtype: torch.dtype) -> Attention:
     """The kernel for a device and a compute dtype."""

@@ -126,7 +126,8 @@ class Denoiser:
     ) -> torch.Tensor:
         """x0 with classifier-free guidance, in which a cfg of 1 needs no negative."""
         conditionings = [positive] if negative is None else [positive, negative]
-        calls = [self._call(x, sigma.expand(x.shape[0]), each) for each in conditionings]
+        t = sigma.expand(x.shape[0]) * self._network.multiplier
+        calls = [self._call(x, t, each) for each in conditionings]
         denoised, *without = (x - velocity.float() * sigma for velocity in self._cfg.run(calls))
         return without[0] + (denoised - without[0]) * cfg if without else denoised
 

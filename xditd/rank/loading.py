@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from xditd.catalog.detection import role
@@ -83,21 +84,25 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     tell("loading")
     faults.at_load()
     network = load_network(spec.family, spec.path, spec.part, device.torch, dtype)
+    name = kernel.name
     if world is not None:
         if spec.compile:
             print(
                 "Compiling is for a world of one rank in this version; this one runs eagerly.",
                 file=sys.stderr,
             )
-        network.call = SequenceParallel(world.wrap(network.backbone, network.heads), world, device.torch)
+        run = partial(network.run, world.wrap(network.backbone, network.heads))
+        network.call = SequenceParallel(run, network.tokens, world, device.torch)
     else:
         network.backbone.set_attention_backend(kernel.diffusers)
+        if not attention.obeyed(network.backbone):
+            name = attention.TORCHS
         if spec.compile and device.is_cuda:
             # By block, so that 57 of them cost two; dynamic, so that a new size costs a fifth of a second.
             network.backbone.compile_repeated_blocks(fullgraph=True, dynamic=True)
     cfg = CfgParallel(spec.plan.cfg, spec.rank, spec.world, device.torch)
     transfer = Transfer(device.torch, spec.rank, spec.world, places)
-    return Denoiser(network, transfer, device, kernel.name, cfg)
+    return Denoiser(network, transfer, device, name, cfg)
 
 
 def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:

@@ -9,9 +9,15 @@ heads for tokens: that ring rank's *block* then has the shares of all of them, o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from xditd.protocol.errors import Code, XditError
+
+Kinds = tuple[str, ...]
+"""Of "text" and "image", those that an attention has as keys, in the order in which a rank's share has them."""
+
+JOINT: Kinds = ("text", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +58,49 @@ class Layout:
     ring: int
 
     @classmethod
-    def of(cls, text: int, image: int, ulysses: int, ring: int) -> Layout:
+    def of(
+        cls, text: int, image: int, ulysses: int, ring: int, attention: Iterable[Kinds] = (JOINT,)
+    ) -> Layout:
         """Deals them out.
+
+        Args:
+            attention: the kinds of token that each kind of attention in the model has as keys.
 
         Raises:
             XditError: `bad_tensor` where a ring rank would have none, which attention cannot be merged with.
         """
         degree = ulysses * ring
         layout = cls(Shares.of(text, degree), Shares.of(image, degree), ulysses, ring)
-        if not all(layout._tokens(block) for block in range(ring)):
+        if not all(layout._tokens(block, kinds) for block in range(ring) for kinds in attention):
             raise XditError(
                 Code.BAD_TENSOR,
                 f"{text} text and {image} image tokens are too few for a ring of {ring}; use fewer devices.",
             )
         return layout
 
-    def valid(self, block: int) -> list[int] | None:
-        """Where in a ring rank's block the tokens are; None is everywhere, so that nothing need be picked out."""
-        if not (self.text.padded or self.image.padded):
-            return None
-        shares = self.text.size + self.image.size
+    def length(self, kinds: Kinds) -> int:
+        """How many tokens a ring rank's block of these kinds has, pads among them."""
+        return self.ulysses * sum(shares.size for shares in self._of(kinds))
+
+    def valid(self, block: int, kinds: Kinds = JOINT) -> list[int] | None:
+        """Where in a ring rank's block the tokens are; None is everywhere, so that nothing need be picked out.
+
+        Args:
+            kinds: of the tokens that each rank has in it, in their order.
+        """
         positions: list[int] = []
-        for i, rank in enumerate(self._ranks(block)):
-            begin = i * shares
-            positions += range(begin, begin + self.text.counts[rank])
-            begin += self.text.size
-            positions += range(begin, begin + self.image.counts[rank])
-        return None if len(positions) == self.ulysses * shares else positions
+        begin = 0
+        for rank in self._ranks(block):
+            for shares in self._of(kinds):
+                positions += range(begin, begin + shares.counts[rank])
+                begin += shares.size
+        return None if len(positions) == begin else positions
 
     def _ranks(self, block: int) -> range:
         return range(block * self.ulysses, (block + 1) * self.ulysses)
 
-    def _tokens(self, block: int) -> int:
-        return sum(self.text.counts[rank] + self.image.counts[rank] for rank in self._ranks(block))
+    def _of(self, kinds: Kinds) -> list[Shares]:
+        return [self.text if kind == "text" else self.image for kind in kinds]
+
+    def _tokens(self, block: int, kinds: Kinds) -> int:
+        return sum(shares.counts[rank] for rank in self._ranks(block) for shares in self._of(kinds))

@@ -10,6 +10,8 @@ is changed, each attribute by name so that a test can tell when a new version mo
 - `usp._get_attention_function`: leaves the pads out of K and V, see `rank.shards`. xfuser itself has no masks here:
   with a text length that the degree does not divide its Flux is silently wrong.
 - `usp._has_kv_cache`: no. Only PipeFusion reads that cache; filled, it pins two tensors a layer.
+- `xFuserJointAttnProcessor2_0`: without a text (SD3.5 medium attends to the image alone, too) it raises
+  UnboundLocalError; that attention is done here.
 - `ATTENTION_FUNCTION_REGISTRY`: flash attention of a CPU; and the memory-efficient kernel without the pads in
   its log-sum-exp, which ring attention cannot merge.
 """
@@ -21,7 +23,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -42,8 +44,16 @@ PATCHED = {
     "xfuser.model_executor.layers.usp": (
         "PROCESS_GROUP", "_get_attention_function", "_has_kv_cache", "ATTENTION_FUNCTION_REGISTRY",
     ),
+    "xfuser.model_executor.layers.attention_processor": ("xFuserJointAttnProcessor2_0",),
 }  # fmt: skip
 """By module, the attributes that are replaced or changed here."""
+
+WRAPPERS = {
+    "FluxTransformer2DModel": "transformer_flux",
+    "PixArtTransformer2DModel": "pixart_transformer_2d",
+    "SD3Transformer2DModel": "transformer_sd3",
+}
+"""By diffusers' class: xfuser's module that wraps it."""
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -63,15 +73,21 @@ class World:
         """xfuser's wrapper around a transformer. It takes this rank's tokens and returns them.
 
         Raises:
-            XditError: `bad_plan` where ulysses does not divide the heads.
+            XditError: `bad_plan` where ulysses does not divide the heads, `not_built` for a transformer that is not
+                in WRAPPERS.
         """
+        kind = type(backbone).__name__
+        if kind not in WRAPPERS:
+            raise XditError(Code.NOT_BUILT, f"A {kind} runs on one device in this version.")
         if heads % self.ulysses:
             raise XditError(
                 Code.BAD_PLAN,
                 f"ulysses {self.ulysses} does not divide the model's {heads} heads; ring takes any degree.",
             )
         _start_runtime(self.ulysses, self.ring, self.cfg, heads, self._attention)
-        register = importlib.import_module("xfuser.model_executor.models.transformers.register")
+        importlib.import_module(f"{BARE[2]}.{WRAPPERS[kind]}")
+        _patch_processors(importlib.import_module("xfuser.model_executor.layers.attention_processor"))
+        register = importlib.import_module(f"{BARE[2]}.register")
         wrapper: nn.Module = register.xFuserTransformerWrappersRegister.get_wrapper(backbone)(backbone)
         return wrapper
 
@@ -80,9 +96,19 @@ class World:
         gathered: torch.Tensor = self._group.all_gather(tokens.contiguous(), dim=1)
         return gathered
 
-    def keep(self, blocks: Sequence[torch.Tensor | None]) -> None:
-        """From now on attention sees, of each ring rank's block, the positions of its tensor only; None is all."""
-        _kept.blocks = tuple(blocks) if any(block is not None for block in blocks) else ()
+    def keep(self, blocks: Sequence[Mapping[int, torch.Tensor]]) -> None:
+        """From now on attention sees, of each ring rank's block, certain positions only.
+
+        Args:
+            blocks: by ring rank and by the length of a block, these positions; of any other block, all.
+        """
+        _kept.blocks = tuple(blocks) if any(blocks) else ()
+
+    def set_tokens(self, count: int) -> None:
+        """From now on a call has so many image tokens of its own. xfuser's forwards of latents ask its runtime state for
+        their height and width in patches: of a column one patch wide (`models.patches`)."""
+        runtime = importlib.import_module("xfuser.core.distributed.runtime_state")
+        runtime.get_runtime_state().pp_patches_height = [count]
 
 
 _kept = SimpleNamespace(blocks=())
@@ -111,7 +137,6 @@ def enter(device: torch.device) -> None:
     importlib.import_module("xfuser.core.fast_attention")
     importlib.import_module("xfuser.model_executor.models")
     _bare(BARE[2])
-    importlib.import_module("xfuser.model_executor.models.transformers.transformer_flux")
     _patch_attention(importlib.import_module("xfuser.model_executor.layers.usp"), device)
 
 
@@ -202,6 +227,8 @@ def _start_runtime(ulysses: int, ring: int, cfg: int, heads: int, attention: str
     started = runtime.get_runtime_state()
     started.split_text_embed_in_sp = True  # every rank has its share of the text
     started.max_condition_sequence_length = 0  # read, and used by PipeFusion alone
+    started.ready = True  # for the forwards that ask
+    started.input_config.width = pipeline.vae_scale_factor  # of a patch, in pixels
 
 
 def _patch_attention(usp: ModuleType, device: torch.device) -> None:
@@ -233,13 +260,41 @@ def _without_pads(attend: Attend, usp: Any) -> Attend:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **rest: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         nonlocal owner
-        positions = blocks[owner % len(blocks)]
+        positions = blocks[owner % len(blocks)].get(key.shape[2])
         owner -= 1
         if positions is not None:
             key, value = key.index_select(2, positions), value.index_select(2, positions)
         return attend(query, key, value, **rest)
 
     return without_pads
+
+
+def _patch_processors(processors: ModuleType) -> None:
+    joint: Any = processors.xFuserJointAttnProcessor2_0
+    stock = joint.__call__
+    if stock.__module__ == __name__:
+        return  # patched already
+
+    def call(self: Any, attn: Any, hidden_states: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        if rest or named.get("encoder_hidden_states") is not None:
+            return stock(self, attn, hidden_states, *rest, **named)
+        return _attend_to_self(attn, hidden_states, processors.USP)
+
+    joint.__call__ = call
+
+
+def _attend_to_self(attn: Any, hidden_states: torch.Tensor, usp: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """diffusers' joint attention without a text, over all ranks."""
+    query, key, value = (
+        linear(hidden_states).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    seen = usp(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_layer=attn)
+    output: torch.Tensor = attn.to_out[0](seen.transpose(1, 2).flatten(2).to(query.dtype))
+    return output
 
 
 def _flash_cpu(

@@ -79,6 +79,45 @@ def model(path: str | os.PathLike[str], leaf: Any = None) -> Any:
     return comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
 
 
+def whole(path: str | os.PathLike[str]) -> Any:
+    """A MODEL as ComfyUI's loader makes it of a file, in float32, by its own detection."""
+    import comfy.model_detection
+    from safetensors.torch import load_file
+
+    weights = load_file(path)
+    return _made(comfy.model_detection.model_config_from_unet(weights, ""), weights)
+
+
+def sdxl(path: str | os.PathLike[str]) -> Any:
+    """The same of an SDXL, of any width: ComfyUI detects only the real one's."""
+    import comfy.model_detection
+    import comfy.supported_models
+    from safetensors.torch import load_file
+
+    weights = load_file(path)
+    config = comfy.model_detection.detect_unet_config(weights, "")
+    return _made(comfy.supported_models.SDXL({**config, "num_heads": -1, "num_head_channels": 64}), weights)
+
+
+def _made(config: Any, weights: dict[str, torch.Tensor]) -> Any:
+    import comfy.model_patcher
+
+    config.set_inference_dtype(torch.float32, None)
+    base = config.get_model(weights, "")
+    base.load_model_weights(weights, "")
+    base.memory_required = lambda *args, **kwargs: 0
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(base.eval(), load_device=cpu, offload_device=cpu)
+
+
+def module(family: str, path: str | os.PathLike[str]) -> Any:
+    """ComfyUI's module of a family, with the weights of a file."""
+    if family == "flux":
+        return flux(path)
+    made = sdxl(path) if family == "sdxl" else whole(path)
+    return made.model.diffusion_model
+
+
 def _renamed(key: str) -> str:
     """Newer ComfyUI keeps RMSNorm's scale under `weight`."""
     return key.removesuffix(".scale") + ".weight"

@@ -24,31 +24,54 @@ from xditd.rank.device import Device  # noqa: E402
 from xditd.rank.places import Frames  # noqa: E402
 from xditd.rank.transfer import Transfer  # noqa: E402
 
+Conditioning = dict[str, Any]
+"""The keywords of a module's call, beside x and t: tensors, and numbers that are the same for a whole batch."""
+
+
+def _flux(tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Conditioning:
+    return {"context": tensors["context"], "y": tensors["pooled"], "guidance": values.get("guidance", 3.5)}
+
+
+def _sd3(tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Conditioning:
+    return {"context": tensors["context"], "y": tensors["pooled"]}
+
+
+def _pixart(tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Conditioning:
+    if not values:
+        return {"context": tensors["context"]}
+    return {
+        "context": tensors["context"],
+        "c_size": torch.tensor([[values["height"], values["width"]]]),
+        "c_ar": torch.tensor([[values["aspect_ratio"]]]),
+    }
+
+
+def _sdxl(tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Conditioning:
+    return {"context": tensors["context"], "y": tensors["vector"]}
+
+
+CONDITIONINGS = {"flux": _flux, "sd3": _sd3, "pixart": _pixart, "sdxl": _sdxl}
+
 
 class Network:
-    """ComfyUI's Flux as `models.families.Transformer` has it."""
+    """ComfyUI's module of a family as `models.families.Transformer` has it."""
 
-    def __init__(self, path: str) -> None:
-        self.module = own.flux(path)
+    def __init__(self, family: str, path: str) -> None:
+        self.module = own.module(family, path)
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.condition = CONDITIONINGS[family]
 
-    def condition(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> dict[str, Any]:
-        return {
-            "context": tensors["context"],
-            "y": tensors["pooled"],
-            "guidance": values.get("guidance", 3.5),
-        }
-
-    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: dict[str, Any]) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         batch = x.shape[0]
-        guidance = conditioning["guidance"]
-        return self.module(
-            x,
-            t,
-            context=conditioning["context"].expand(batch, -1, -1),
-            y=conditioning["y"].expand(batch, -1),
-            guidance=guidance if isinstance(guidance, torch.Tensor) else torch.full((batch,), guidance),
-        )
+        keywords = {name: _whole(value, batch) for name, value in conditioning.items()}
+        return self.module(x, t, **keywords)
+
+
+def _whole(value: Any, batch: int) -> torch.Tensor:
+    """A value for a whole batch."""
+    if not isinstance(value, torch.Tensor):
+        return torch.full((batch,), value)
+    return value.expand(batch, *value.shape[1:])
 
 
 class Batching(Denoiser):
@@ -61,12 +84,16 @@ class Batching(Denoiser):
             for item in order.items
         ]
         for i, (x, conditioning) in enumerate(given):
-            alike.setdefault((x.shape, conditioning["context"].shape[1]), []).append(i)
+            shapes = [getattr(value, "shape", None) for value in conditioning.values()]
+            alike.setdefault((x.shape, *shapes), []).append(i)
         outputs: list[Any] = [None] * len(given)
         for members in alike.values():
             x = torch.cat([given[i][0] for i in members])
             t = torch.cat([torch.tensor(order.items[i].t).expand(given[i][0].shape[0]) for i in members])
-            joined = {name: _joined(name, given, members) for name in ("context", "y", "guidance")}
+            joined = {
+                name: torch.cat([_whole(given[i][1][name], given[i][0].shape[0]) for i in members])
+                for name in given[members[0]][1]
+            }
             for i, output in zip(
                 members, self._network.predict(x, t, joined).chunk(len(members)), strict=True
             ):
@@ -77,22 +104,11 @@ class Batching(Denoiser):
         return Answer(*self._transfer.deliver(results, frames))
 
 
-def _joined(name: str, given: list[Any], members: list[int]) -> torch.Tensor:
-    parts = []
-    for i in members:
-        x, conditioning = given[i]
-        value = conditioning[name]
-        if not isinstance(value, torch.Tensor):
-            value = torch.tensor([value])
-        parts.append(value.expand(x.shape[0], *value.shape[1:]))
-    return torch.cat(parts)
-
-
 def load(spec: Any, places: Any, faults: Any, tell: Any) -> Batching:
     tell("loading")
     torch.set_num_threads(max(1, spec.threads))
     transfer = Transfer(torch.device("cpu"), spec.rank, spec.world, places)
-    return Batching(Network(spec.path), transfer, Device(spec.device), "comfyui")
+    return Batching(Network(spec.family, spec.path), transfer, Device(spec.device), "comfyui")
 
 
 if __name__ == "__main__":

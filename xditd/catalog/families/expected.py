@@ -39,6 +39,25 @@ def has(header: Header, start: str) -> bool:
     return any(key.startswith(start) for key in header.tensors)
 
 
+MAX_SIDE = 4096
+"""Of a square of positions; the largest known is 384."""
+
+
+def side(header: Header, key: str, places: int) -> int:
+    """The side of a square of so many places.
+
+    Raises:
+        XditError: `file_invalid` where they are no square.
+    """
+    # Counted: the root of a number from a file may be anything.
+    found = next((side for side in range(1, MAX_SIDE + 1) if side * side >= places), 0)
+    if found * found != places:
+        raise XditError(
+            Code.FILE_INVALID, f"{header.name}: {shown(key)} has {places} positions, which are no square."
+        )
+    return found
+
+
 def count(header: Header, start: str, most: int) -> int:
     """How many numbered modules there are below a key: 0 to n - 1, at least one.
 

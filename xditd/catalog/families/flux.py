@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from xditd.catalog.families import inputs
+from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
@@ -18,6 +18,9 @@ label = "a Flux transformer"
 part = "transformer"
 parallel = True
 dtypes = FLOATS
+TENSORS = ("context", "pooled")
+VALUES: tuple[str, ...] = ("guidance",)
+"""Of a conditioning."""
 
 PATCH = 2  # latent pixels of one token, each way
 TIME_WIDTH = 256  # sinusoidal features of a timestep, before their embedding
@@ -116,31 +119,19 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:
-    inputs.check_degrees_built(label, plan, ("cfg", "ulysses", "ring"))
-    heads = info.facts["heads"]
-    if heads % plan.ulysses:
-        works = [str(degree) for degree in range(1, heads + 1) if heads % degree == 0]
-        raise XditError(
-            Code.BAD_PLAN,
-            f"ulysses {plan.ulysses} does not divide the {heads} heads of {info.name}; "
-            f"{', '.join(works)} would, and ring takes any degree.",
-        )
+    transformer.check_plan(info, plan, label)
 
 
 def check_conditioning(info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> None:
     """Tensors context [1 or B, n, context_width] and pooled [1 or B, pooled_width]; value guidance (dev; 3.5 if absent)."""
-    inputs.check_names("tensor", tensors, ("context", "pooled"), ("context", "pooled"))
-    inputs.check_names("value", values, ("guidance",), ())
+    inputs.check_names("tensor", tensors, TENSORS, TENSORS)
+    inputs.check_names("value", values, VALUES, ())
     context, pooled = tensors["context"], tensors["pooled"]
     inputs.check_dtype("context", context)
     inputs.check_dtype("pooled", pooled)
     inputs.check_shape("context", context, ("B", "n", info.facts["context_width"]))
     inputs.check_shape("pooled", pooled, ("B", info.facts["pooled_width"]))
-    if 1 not in (context.shape[0], pooled.shape[0]) and context.shape[0] != pooled.shape[0]:
-        raise XditError(
-            Code.BAD_TENSOR,
-            f"context has batch {context.shape[0]} and pooled {pooled.shape[0]}; they must be equal, or one of them 1.",
-        )
+    transformer.check_batches(tensors)
     guidance = values.get("guidance", 0.0)
     if not (math.isfinite(guidance) and guidance >= 0):
         raise XditError(
@@ -156,7 +147,7 @@ def check_denoise(
     out: Tensor | None = None,
 ) -> None:
     """x [B, latent_channels, H, W] of any height and width; t is sigma, 0 to 1, one or one per latent."""
-    _check_latent("x", info, x, conditioning)
+    transformer.check_latent("x", info, x, conditioning)
     inputs.check_times(t, x.shape[0], 0.0, 1.0)
     inputs.check_same_shape("out", out, x, "x")
 
@@ -167,32 +158,16 @@ def check_sample(
     conditioning: Mapping[str, Tensor],
     negative: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """noise [B, latent_channels, H, W]; sigmas 1 to 0; latent, out and previews shaped as noise."""
-    inputs.check_loop(message, highest=1.0)
-    noise = message.noise
-    _check_latent("noise", info, noise, conditioning)
-    if negative is not None:
-        _check_latent("noise", info, noise, negative)
-    inputs.check_same_shape("latent", message.latent, noise, "noise")
-    inputs.check_same_shape("out", message.out, noise, "noise")
-    for i, preview in enumerate(message.previews):
-        inputs.check_same_shape(f"preview {i}", preview, noise, "noise")
+    transformer.check_flow_sample(info, message, conditioning, negative)
 
 
 def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
-    raise inputs.refuse(info, label, "decode", "open a run of a VAE")
+    raise transformer.other_part(info, label, "decode")
 
 
 def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
-    raise inputs.refuse(info, label, "encode", "open a run of a VAE")
+    raise transformer.other_part(info, label, "encode")
 
 
 def check_encode_text(info: ModelInfo, message: EncodeText) -> None:
-    raise inputs.refuse(info, label, "encode text", "open a run of a text encoder")
-
-
-def _check_latent(what: str, info: ModelInfo, x: Tensor, conditioning: Mapping[str, Tensor]) -> None:
-    inputs.check_dtype(what, x)
-    inputs.check_shape(what, x, ("B", info.facts["latent_channels"], "H", "W"))
-    for key, tensor in conditioning.items():
-        inputs.check_batch(key, tensor, x.shape[0])
+    raise transformer.other_part(info, label, "encode text")

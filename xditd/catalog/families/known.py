@@ -26,10 +26,8 @@ LOOKALIKES: Rows = (
 
 OTHERS: Rows = (
     ("a Flux transformer in diffusers' layout", ("single_transformer_blocks.0.proj_mlp.weight", "x_embedder.weight")),
-    ("an SD3 transformer", ("joint_blocks.0.context_block.attn.qkv.weight",)),
     ("an SD3 transformer in diffusers' layout", ("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight")),
     ("a HunyuanDiT transformer", ("mlp_t5.0.weight",)),
-    ("a PixArt transformer", ("t_block.1.weight",)),
     ("a Wan transformer", ("head.modulation", "blocks.0.cross_attn.q.weight")),
     ("a Qwen-Image transformer", ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")),
     ("a Z-Image or Lumina 2 transformer", ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight")),
@@ -37,7 +35,7 @@ OTHERS: Rows = (
     ("a HiDream transformer", ("caption_projection.0.linear.weight",)),
     ("a Mochi transformer", ("t5_yproj.weight",)),
     ("an AuraFlow transformer", ("double_layers.0.attn.w1q.weight",)),
-    ("an SDXL UNet", ("input_blocks.0.0.weight", "label_emb.0.0.weight")),
+    ("an SDXL refiner or another UNet with labels", ("input_blocks.0.0.weight", "label_emb.0.0.weight")),
     ("an SD1 or SD2 UNet", ("input_blocks.0.0.weight",)),
     ("a UNet in diffusers' layout", ("down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight")),
     ("a VAE in diffusers' layout", ("decoder.up_blocks.0.resnets.0.norm1.weight",)),

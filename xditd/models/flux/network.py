@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from xditd.models.flux import inputs, keys
 from xditd.models.flux.config import config
 from xditd.models.reading import WeightFile, fill
+from xditd.models.tokens import Tokens
 
 GUIDANCE = 3.5
 """Of a distilled model whose conditioning says none, as in ComfyUI."""
@@ -39,12 +40,15 @@ class Flux:
         call: what runs it. At first the module itself; `rank.parallel` puts itself in its place.
     """
 
+    multiplier = 1.0
+    tokens = Tokens(image={"hidden_states": 1, "img_ids": 0}, text={"encoder_hidden_states": 1, "txt_ids": 0})
+
     def __init__(self, backbone: FluxTransformer2DModel, device: torch.device, dtype: torch.dtype) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = dtype
         self.heads: int = backbone.config.num_attention_heads
-        self.call: Call = _plain(backbone)
+        self.call: Call = partial(self.run, backbone)
         self._time = _ExactTime(backbone)
         self._image_ids = lru_cache(maxsize=32)(inputs.image_ids)
 
@@ -83,6 +87,14 @@ class Flux:
         )
         return inputs.unpack(tokens, height, width)
 
+    def run(self, module: Callable[..., Any], **keywords: Any) -> torch.Tensor:
+        """A module on some of the tokens, or on all."""
+        output = module(**keywords, return_dict=False)[0]
+        tokens: torch.Tensor = (
+            output[0] if isinstance(output, tuple) else output
+        )  # xfuser's is (tokens, None)
+        return tokens
+
 
 def load(
     file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
@@ -103,14 +115,6 @@ def load(
         backbone = FluxTransformer2DModel(**config(facts))
     fill(backbone, keys.pieces(facts, prefix), file, device, dtype)
     return Flux(backbone, device, dtype)
-
-
-def _plain(backbone: nn.Module) -> Call:
-    def call(**keywords: Any) -> torch.Tensor:
-        tokens: torch.Tensor = backbone(**keywords, return_dict=False)[0]
-        return tokens
-
-    return call
 
 
 class _ExactTime:

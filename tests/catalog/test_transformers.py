@@ -1,0 +1,300 @@
+"""Transformers beside Flux: what their files are, by keys and shapes alone, and what their plans and inputs must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+
+from tests.catalog.sparse_files import header_of, prefixed
+from tests.catalog.test_catalog_inputs import info, refused, sample, tensor
+from xditd.catalog.detection import PREFIXES, recognise
+from xditd.catalog.families import FAMILIES, pixart, sd3, sdxl
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import Plan
+from xditd.protocol.tensors import Tensor
+
+SD3 = {
+    "width": 1536, "heads": 24, "head_dim": 64, "blocks": 24, "dual_blocks": 0, "qk_norm": 0, "positions": 192,
+    "context_width": 4096, "pooled_width": 2048, "latent_channels": 16, "scale": 8,
+}  # fmt: skip
+SD35_LARGE = SD3 | {"width": 2432, "heads": 38, "blocks": 38, "qk_norm": 1}
+SD35_MEDIUM = SD3 | {"dual_blocks": 13, "qk_norm": 1, "positions": 384}
+
+SIGMA = {
+    "width": 1152, "heads": 16, "blocks": 28, "context_width": 4096, "text_tokens": 300, "positions": 0, "sizes": 0,
+    "latent_channels": 4, "predicted_channels": 8, "scale": 8,
+}  # fmt: skip
+ALPHA = SIGMA | {"text_tokens": 120, "positions": 64, "sizes": 1}
+
+SDXL = {
+    "levels": 3, "middle_depth": 10, "context_width": 2048, "vector_width": 2816, "latent_channels": 4, "v": 0, "zsnr": 0,
+    "scale": 8, "channels_0": 320, "channels_1": 640, "channels_2": 1280, "depth_0": 0, "depth_1": 2, "depth_2": 10,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model that people have: its facts, and what its makers say of it."""
+
+    family: ModuleType
+    facts: Mapping[str, int]
+    variant: str
+    parameters: int
+    keys: int
+
+
+KNOWN = {
+    "sd3_medium": Known(sd3, SD3, "3", 2_084_951_104, 491),
+    "sd3.5_large": Known(sd3, SD35_LARGE, "3.5_large", 8_146_280_768, 923),
+    "sd3.5_medium": Known(sd3, SD35_MEDIUM, "3.5_medium", 2_469_663_936, 665),
+    "pixart_sigma": Known(pixart, SIGMA, "sigma", 612_084_896, 436),
+    "pixart_alpha": Known(pixart, ALPHA, "alpha", 616_559_264, 445),
+    "sdxl": Known(sdxl, SDXL, "eps", 2_567_463_684, 1680),
+}
+SMALL: dict[ModuleType, Mapping[str, int]] = {
+    sd3: SD35_MEDIUM | {"width": 128, "heads": 2, "blocks": 3, "dual_blocks": 1, "positions": 8},
+    pixart: ALPHA | {"width": 96, "blocks": 2, "positions": 32},
+    sdxl: {
+        **{key: value for key, value in SDXL.items() if not key.endswith("_2")},
+        **{"levels": 2, "middle_depth": 1, "channels_0": 64, "channels_1": 128, "depth_1": 1},
+    },
+}
+
+FREE: dict[ModuleType, set[str]] = {
+    sd3: {"context_embedder.weight", "y_embedder.mlp.0.weight"},
+    pixart: {"pos_embed", "y_embedder.y_embedding"},
+    sdxl: set(),
+}
+"""Tensors that alone tell a width, or that may be missing."""
+
+
+def refusal(shapes: Mapping[str, tuple[int, ...]]) -> XditError:
+    with pytest.raises(XditError) as caught:
+        recognise(header_of(shapes), "transformer")
+    return caught.value
+
+
+def facts_or_refusal(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, int] | None:
+    try:
+        return recognise(header_of(shapes), "transformer").facts
+    except XditError:
+        return None
+
+
+@pytest.mark.parametrize("known", KNOWN.values(), ids=KNOWN)
+@pytest.mark.parametrize("prefix", PREFIXES["transformer"])
+def test_a_real_model_is_known_by_its_shapes(known: Known, prefix: str) -> None:
+    shapes = known.family.parameters(known.facts)
+    found = recognise(header_of(prefixed(prefix, shapes), "F16"), "transformer")
+    assert (found.family, found.variant, found.dtype) == (known.family.name, known.variant, "float16")
+    assert (found.prefix, found.facts) == (prefix, known.facts)
+    assert (found.parameters, len(shapes)) == (known.parameters, known.keys)
+
+
+@pytest.mark.parametrize("family", SMALL, ids=lambda family: family.name)
+def test_no_missing_or_odd_parameter_passes_for_the_right_one(family: ModuleType) -> None:
+    """It is refused; or it is the one tensor that tells a size which models may differ in, and is another model's."""
+    shapes = family.parameters(SMALL[family])
+    assert recognise(header_of(shapes), "transformer").facts == SMALL[family]
+    passed = set()
+    for key, shape in shapes.items():
+        changes = [{}, *({key: odd} for odd in ((*shape[:-1], shape[-1] + 1), (), (0,), (*shape, 1)))]
+        for change in changes:
+            spoilt = {name: value for name, value in shapes.items() if name != key} | change
+            facts = facts_or_refusal(spoilt)
+            if facts is not None:
+                assert facts != SMALL[family], key
+                passed.add(key)
+    assert passed <= FREE[family]
+
+
+@pytest.mark.parametrize("family", SMALL, ids=lambda family: family.name)
+def test_parameters_that_nobody_knows_are_not_ignored(family: ModuleType) -> None:
+    shapes = family.parameters(SMALL[family])
+    some = next(key for key in shapes if key.endswith(".weight"))
+    error = refusal(shapes | {some.replace(".weight", ".gate"): (1,)})
+    assert error.code is Code.NOT_BUILT
+    scaled = refusal(shapes | {some.replace(".weight", ".scale_weight"): (1,)})
+    assert "scaled fp8" in scaled.message
+
+
+def test_an_sd3_with_a_context_processor_is_not_built() -> None:
+    error = refusal(sd3.parameters(SMALL[sd3]) | {"context_processor.layers.0.attn.qkv.weight": (1, 1)})
+    assert error.code is Code.NOT_BUILT
+    assert "context_processor" in error.message
+
+
+def test_positions_of_an_sd3_that_are_no_square_are_refused() -> None:
+    shapes = sd3.parameters(SMALL[sd3])
+    assert "no square" in refusal(shapes | {"pos_embed": (1, 65, 128)}).message
+    assert "no square" in refusal(shapes | {"pos_embed": (1, 2**53, 128)}).message
+
+
+# ------------------------------------------------------------------------------------------------ conditioning
+
+GIVEN: dict[str, dict[str, Tensor]] = {
+    "sd3_medium": {"context": tensor(1, 154, 4096), "pooled": tensor(1, 2048)},
+    "pixart_alpha": {"context": tensor(1, 120, 4096)},
+    "sdxl": {"context": tensor(1, 77, 2048), "vector": tensor(1, 2816)},
+}
+LATENT = {
+    "sd3_medium": tensor(1, 16, 33, 50),
+    "pixart_alpha": tensor(1, 4, 128, 96),
+    "sdxl": tensor(1, 4, 33, 50),
+}
+HIGHEST = {"sd3_medium": 1000.0, "pixart_alpha": 999.0, "sdxl": 999.0}
+
+
+def model(name: str):
+    known = KNOWN[name]
+    return known.family, info(known.family.name, dict(known.facts), known.variant)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_conditioning_and_a_step_of_any_length_pass(name: str) -> None:
+    family, described = model(name)
+    for tokens in (1, 15, 300):
+        given = GIVEN[name] | {"context": tensor(2, tokens, GIVEN[name]["context"].shape[2])}
+        family.check_conditioning(described, given, {})
+        x = LATENT[name]
+        two = tensor(2, *x.shape[1:])
+        family.check_denoise(described, two, (HIGHEST[name], 0.0), given, two)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_another_conditioning_is_refused_naming_what_it_takes(name: str) -> None:
+    family, described = model(name)
+
+    def refuse(code: Code, word: str, tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> None:
+        refused(code, word, family.check_conditioning, described, tensors, values)
+
+    given = GIVEN[name]
+    refuse(Code.BAD_VALUE, "but strange came", given | {"strange": tensor(1, 2)}, {})
+    refuse(Code.BAD_VALUE, "but strength came", given, {"strength": 1.0})
+    for key, value in given.items():
+        refuse(Code.BAD_VALUE, f"needs the tensor {key}", {n: t for n, t in given.items() if n != key}, {})
+        wider = tensor(*value.shape[:-1], value.shape[-1] + 1)
+        refuse(Code.BAD_TENSOR, key, given | {key: wider}, {})
+        refuse(Code.BAD_TENSOR, key, given | {key: tensor(*value.shape, dtype="int64")}, {})
+    if len(given) > 1:
+        batches = {key: tensor(2 + i, *value.shape[1:]) for i, (key, value) in enumerate(given.items())}
+        refuse(Code.BAD_TENSOR, "batch 2", batches, {})
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_step_that_does_not_fit_is_refused(name: str) -> None:
+    family, described = model(name)
+    x = LATENT[name]
+
+    def refuse(code: Code, word: str, x: Tensor, t: tuple[float, ...], out: Tensor | None = None) -> None:
+        refused(code, word, family.check_denoise, described, x, t, GIVEN[name], out)
+
+    refuse(Code.BAD_TENSOR, "[B, ", tensor(1, 3, 8, 8), (0.5,))
+    refuse(Code.BAD_VALUE, "between", x, (HIGHEST[name] + 1,))
+    refuse(Code.BAD_VALUE, "nan", x, (math.nan,))
+    refuse(Code.BAD_TENSOR, "out has shape", x, (0.5,), tensor(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("height", [385, 500])
+def test_a_latent_beyond_the_positions_of_an_sd3_is_refused(height: int) -> None:
+    family, described = model("sd3_medium")
+    given = GIVEN["sd3_medium"]
+    refused(
+        Code.BAD_TENSOR, "384 × 384", family.check_denoise, described, tensor(1, 16, height, 8), (0.5,), given
+    )
+    noise = tensor(1, 16, 8, height)
+    refused(Code.BAD_TENSOR, "384 × 384", family.check_sample, described, sample(noise=noise), given)
+    family.check_denoise(described, tensor(1, 16, 384, 384), (0.5,), given)
+
+
+def test_what_an_sdxl_predicts_is_told_by_keys_of_its_own() -> None:
+    shapes = sdxl.parameters(SMALL[sdxl])
+    for extra, variant, zsnr in (
+        ({}, "eps", 0),
+        ({"v_pred": (0,)}, "v", 0),
+        ({"v_pred": (0,), "ztsnr": (0,)}, "v", 1),
+    ):
+        found = recognise(header_of(shapes | extra), "transformer")
+        assert (found.variant, found.facts["zsnr"]) == (variant, zsnr)
+
+
+@pytest.mark.parametrize("key", ["edm_mean", "edm_vpred.sigma_max"])
+def test_an_sdxl_of_another_sampling_is_not_built(key: str) -> None:
+    assert refusal(sdxl.parameters(SMALL[sdxl]) | {key: (1,)}).code is Code.NOT_BUILT
+
+
+def test_an_sdxl_for_inpainting_and_its_distilled_relatives_are_not_built() -> None:
+    shapes = sdxl.parameters(SMALL[sdxl])
+    assert "inpainting" in refusal(shapes | {"input_blocks.0.0.weight": (64, 9, 3, 3)}).message
+    distilled = {key: shape for key, shape in shapes.items() if not key.startswith("middle_block.1.")}
+    assert "SSD-1B" in refusal(distilled).message
+
+
+@pytest.mark.parametrize("size", [(65, 64), (64, 63), (30, 34), (2, 2)])
+def test_a_latent_that_a_pixart_has_no_positions_for_is_refused(size: tuple[int, int]) -> None:
+    family, described = model("pixart_alpha")
+    x = tensor(1, 4, *size)
+    refused(Code.BAD_TENSOR, "even", family.check_denoise, described, x, (5.0,), GIVEN["pixart_alpha"])
+
+
+def test_sizes_of_a_pixart_that_cannot_be_are_refused() -> None:
+    family, described = model("pixart_alpha")
+    check, given = family.check_conditioning, GIVEN["pixart_alpha"]
+    check(described, given, {"height": 1024.0, "width": 768.0, "aspect_ratio": 1.33})
+    for value in (math.nan, math.inf, 0.0, -8.0):
+        refused(Code.BAD_VALUE, "width", check, described, given, {"width": value})
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_only_flow_models_are_sampled_in_the_ranks(name: str) -> None:
+    family, described = model(name)
+    asked = sample(noise=LATENT[name])
+    if family is sd3:
+        family.check_sample(described, asked, GIVEN[name])
+        refused(
+            Code.BAD_VALUE,
+            "between 0 and 1",
+            family.check_sample,
+            described,
+            sample(sigmas=(9.0, 0.0)),
+            GIVEN[name],
+        )
+    else:
+        refused(Code.NOT_BUILT, "denoise", family.check_sample, described, asked, GIVEN[name])
+
+
+# -------------------------------------------------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_plan_that_cannot_run_is_refused_with_what_would(name: str) -> None:
+    family, described = model(name)
+    family.check_plan(described, Plan(devices=("a",)))
+    for degree in ("pipefusion", "tensor"):
+        plan = Plan(devices=("a", "b"), **{degree: 2})
+        refused(Code.NOT_BUILT, f"{degree} 2", family.check_plan, described, plan)
+    if family.parallel:
+        family.check_plan(described, Plan(devices=tuple("abcdef"), ulysses=2, ring=3))
+        refused(Code.BAD_PLAN, "heads", family.check_plan, described, Plan(devices=tuple("abcde"), ulysses=5))
+    else:
+        refused(
+            Code.NOT_BUILT, "one device", family.check_plan, described, Plan(devices=("a", "b"), ulysses=2)
+        )
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_transformer_says_where_other_work_is_done(name: str) -> None:
+    family, described = model(name)
+    x = LATENT[name]
+    refused(Code.BAD_VALUE, "open a run of a VAE", family.check_decode, described, x)
+    refused(Code.BAD_VALUE, "open a run of a VAE", family.check_encode, described, x)
+    refused(Code.BAD_VALUE, "open a run of a text encoder", family.check_encode_text, described, None)
+
+
+def test_all_transformers_are_tried_here() -> None:
+    tried = {known.family.name for known in KNOWN.values()}
+    assert tried == {name for name, family in FAMILIES.items() if family.part == "transformer"} - {"flux"}

@@ -1,0 +1,188 @@
+"""Families beside Flux, small: their files, and what plain diffusers makes of them in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from xditd.models.making_transformers import (
+    make_pixart,
+    make_sd3,
+    make_sdxl,
+    pixart_facts,
+    sd3_facts,
+    sdxl_facts,
+)
+from xditd.models.reading import WeightFile, fill
+
+CPU = torch.device("cpu")
+Tensors = dict[str, torch.Tensor]
+Predict = Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
+"""x, t and a conditioning to the network's output."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of model.
+
+    Attributes:
+        family: its name.
+        make: writes its file.
+        conditioning: of a text of so many tokens.
+        reference: plain diffusers with the weights of a file.
+        t: a timestep.
+        sizes: of latents.
+        flow: whether the ranks sample it.
+    """
+
+    family: str
+    make: Callable[[Path], Path]
+    conditioning: Callable[..., Tensors]
+    reference: Callable[[Path], Predict]
+    t: float
+    flow: bool = False
+    channels: int = 16
+    parallel: bool = True
+    sizes: tuple[tuple[int, int], ...] = ((32, 32), (33, 47), (18, 22))
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def even(x: torch.Tensor) -> torch.Tensor:
+    """A latent whose odd sides were padded from the opposite side, as ComfyUI pads."""
+    return F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="circular")
+
+
+def module_of(kind: type[torch.nn.Module], config: Mapping[str, Any], pieces: Any, path: Path) -> Any:
+    with torch.device("meta"):
+        module = kind(**config)
+    fill(module, pieces, WeightFile(path), CPU, torch.float32)
+    return module
+
+
+# ----------------------------------------------------------------------------------------------------------- SD3
+
+
+def _sd3(**kind: Any) -> Case:
+    facts = sd3_facts(context_width=64, pooled_width=32, positions=28, **kind)
+
+    def make(path: Path) -> Path:
+        return make_sd3(path, facts, dtype=torch.float32)
+
+    def reference(path: Path) -> Predict:
+        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+        from xditd.models.sd3 import keys
+        from xditd.models.sd3.config import config
+
+        module = module_of(SD3Transformer2DModel, config(facts), keys.pieces(facts), path)
+
+        @torch.no_grad()
+        def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            batch, _, height, width = x.shape
+            out = module(
+                hidden_states=even(x),
+                encoder_hidden_states=given["context"].expand(batch, -1, -1),
+                pooled_projections=given["pooled"].expand(batch, -1),
+                timestep=t,
+                return_dict=False,
+            )[0]
+            return out[:, :, :height, :width]
+
+        return predict
+
+    def conditioning(text: int, batch: int = 1) -> Tensors:
+        return {"context": normal(batch, text, 64, seed=text), "pooled": normal(batch, 32, seed=text + 1)}
+
+    return Case("sd3", make, conditioning, reference, t=700.0, flow=True)
+
+
+# -------------------------------------------------------------------------------------------------------- PixArt
+
+
+def _pixart(**kind: Any) -> Case:
+    facts = pixart_facts(context_width=64, text_tokens=20, **kind)
+
+    def make(path: Path) -> Path:
+        return make_pixart(path, facts, dtype=torch.float32)
+
+    def reference(path: Path) -> Predict:
+        from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
+        from xditd.models.pixart import keys
+        from xditd.models.pixart.config import config
+
+        module = module_of(PixArtTransformer2DModel, config(facts), keys.pieces(facts), path)
+
+        @torch.no_grad()
+        def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            batch, _, height, width = x.shape
+            pictures = round((height + width) // 2 / 64)
+            module.pos_embed.base_size = pictures * 32
+            module.pos_embed.interpolation_scale = facts["positions"] // 32 or pictures
+            sizes = {"resolution": None, "aspect_ratio": None}
+            if facts["sizes"]:
+                sizes = {
+                    "resolution": torch.tensor([[height * 8.0, width * 8.0]] * batch),
+                    "aspect_ratio": torch.tensor([[height / width]] * batch),
+                }
+            context = given["context"].expand(batch, -1, -1)
+            out = module(x, context, timestep=t, added_cond_kwargs=sizes, return_dict=False)[0]
+            return out[:, :4]
+
+        return predict
+
+    def conditioning(text: int, batch: int = 1) -> Tensors:
+        return {"context": normal(batch, text, 64, seed=text)}
+
+    sizes = ((34, 34), (40, 36), (36, 42))
+    return Case("pixart", make, conditioning, reference, t=700.0, channels=4, sizes=sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------- SDXL
+
+
+def _sdxl() -> Case:
+    facts = sdxl_facts(context_width=64)
+
+    def make(path: Path) -> Path:
+        return make_sdxl(path, facts, dtype=torch.float32)
+
+    def reference(path: Path) -> Predict:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        from xditd.models.sdxl import keys
+        from xditd.models.sdxl.config import config
+
+        module = module_of(UNet2DConditionModel, config(facts), keys.pieces(facts), path)
+
+        @torch.no_grad()
+        def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            out: torch.Tensor = module(
+                x, t, given["context"], class_labels=given["vector"], return_dict=False
+            )[0]
+            return out
+
+        return predict
+
+    def conditioning(text: int, batch: int = 1) -> Tensors:
+        return {"context": normal(batch, text, 64, seed=text), "vector": normal(batch, 2816, seed=text + 1)}
+
+    sizes = ((32, 32), (11, 9), (18, 22))
+    return Case("sdxl", make, conditioning, reference, t=700.0, channels=4, parallel=False, sizes=sizes)
+
+
+CASES = {
+    "sd3": _sd3(),
+    "sd3.5_medium": _sd3(qk_norm=True, dual_blocks=2),
+    "pixart_sigma": _pixart(),
+    "pixart_alpha": _pixart(sizes=True, positions=64),
+    "sdxl": _sdxl(),
+}

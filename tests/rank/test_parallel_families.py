@@ -1,0 +1,110 @@
+"""Every family beside Flux: a world computes what plain diffusers computes in one process, whatever the sizes.
+
+Real ranks with real xfuser over gloo. Figures are the largest difference over the standard deviation, float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.rank.families import CASES, Case, Predict, normal
+from tests.rank.ranks import Ranks, framed, running
+from tests.rank.reference import error, euler
+from xditd.protocol import orders
+from xditd.protocol.messages import DenoiseItem
+
+TEXTS = (15, 77)
+TOLERANCE = 1e-5
+
+WORLDS = {"ulysses2": (2, 1), "ring2": (1, 2), "ulysses2-ring2": (2, 2)}
+BOTH = ("sd3.5_medium",)
+"""Tried on four ranks as well: those with more than one kind of attention."""
+
+PARAMS = [
+    (name, world)
+    for name, case in CASES.items()
+    for world in (WORLDS if case.parallel else ("one",))
+    if world != "ulysses2-ring2" or name in BOTH
+]
+
+World = tuple[str, Ranks, Predict, Case]
+
+
+@pytest.fixture(scope="module", params=PARAMS, ids="-".join)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    name, kind = request.param
+    case, (ulysses, ring) = CASES[name], WORLDS.get(kind, (1, 1))
+    folder = tmp_path_factory.mktemp("w")
+    path = case.make(folder / "model.safetensors")
+    with running(folder, path=path, family=case.family, ulysses=ulysses, ring=ring, wait=False) as ranks:
+        reference = case.reference(path)
+        ranks.ready()
+        yield f"{name}, {kind}", ranks, reference, case
+
+
+def denoise(ranks: Ranks, x: torch.Tensor, t: tuple[float, ...]) -> torch.Tensor:
+    (described,), frames = framed([x])
+    item = DenoiseItem(x=described, t=t, conditioning="c")
+    _, (prediction,) = ranks.turn(orders.TurnDenoise(order=1, run=1, items=(item,)), *frames)
+    return prediction
+
+
+def test_a_world_denoises_as_one_process_does(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    name, ranks, reference, case = world
+    figures = {}
+    for text in TEXTS:
+        given = case.conditioning(text)
+        ranks.condition(1, "c", given)
+        for size in case.sizes:
+            x = normal(1, case.channels, *size)
+            figures[text, size] = error(
+                denoise(ranks, x, (case.t,)), reference(x, torch.tensor([case.t]), given)
+            )
+    ranks.send(orders.ForgetRun(run=1))
+    with capsys.disabled():
+        print(f"\n  {name}: " + ", ".join(f"{figure:.1e}" for figure in figures.values()), end="")
+    assert max(figures.values()) < TOLERANCE
+
+
+def test_a_batch_with_its_own_times_and_texts_is_right(world: World) -> None:
+    _, ranks, reference, case = world
+    given, x, t = (
+        case.conditioning(31, batch=2),
+        normal(2, case.channels, *case.sizes[-1]),
+        (case.t, case.t / 3),
+    )
+    ranks.condition(1, "c", given)
+    prediction = denoise(ranks, x, t)
+    ranks.send(orders.ForgetRun(run=1))
+    for i in range(2):
+        alone = {name: value[i : i + 1] for name, value in given.items()}
+        expected = reference(x[i : i + 1], torch.tensor([t[i]]), alone)
+        assert error(prediction[i : i + 1], expected) < TOLERANCE
+
+
+def test_a_flow_model_is_sampled_as_one_process_samples_it(world: World) -> None:
+    _, ranks, reference, case = world
+    if not case.flow:
+        pytest.skip("sampled by the client alone")
+    sigmas, given, noise = (
+        [1.0, 0.7, 0.3, 0.0],
+        case.conditioning(21),
+        normal(1, case.channels, *case.sizes[-1]),
+    )
+    ranks.condition(2, "c", given)
+    (described,), frames = framed([noise])
+    ranks.send(
+        orders.BeginSample(
+            run=2, sampler="euler", sigmas=tuple(sigmas), noise=described, latent=None, conditioning="c",
+            negative=None, cfg=1.0, out=None, previews=(), preview_frames=False,
+        ),
+        *frames,
+    )  # fmt: skip
+    for step in range(3):
+        _, outputs = ranks.turn(orders.TurnSample(order=10 + step, run=2, step=step))
+    ranks.send(orders.ForgetRun(run=2))
+    expected = euler(lambda x, sigma: reference(x, torch.tensor([1000 * sigma]), given), sigmas, noise)
+    assert error(outputs[0], expected) < TOLERANCE

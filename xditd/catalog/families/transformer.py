@@ -1,0 +1,93 @@
+"""Checks that the families of transformers share: of plans, latents, texts and loops. None knows a family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xditd.catalog.families import inputs
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.tensors import Tensor
+
+Conditioning = Mapping[str, Tensor]
+
+
+def check_plan(info: ModelInfo, plan: Plan, label: str) -> None:
+    """Refuses what is neither cfg, nor ring, nor ulysses of a degree that divides the heads.
+
+    Raises:
+        XditError: `not_built`, `bad_plan` with the degrees that would work.
+    """
+    inputs.check_degrees_built(label, plan, ("cfg", "ulysses", "ring"))
+    heads = info.facts["heads"]
+    if heads % plan.ulysses:
+        works = [str(degree) for degree in range(1, heads + 1) if heads % degree == 0]
+        raise XditError(
+            Code.BAD_PLAN,
+            f"ulysses {plan.ulysses} does not divide the {heads} heads of {info.name}; "
+            f"{', '.join(works)} would, and ring takes any degree.",
+        )
+
+
+def check_batches(tensors: Conditioning) -> None:
+    """Refuses tensors of one conditioning whose batches are neither equal nor 1.
+
+    Raises:
+        XditError: `bad_tensor`.
+    """
+    first: tuple[str, int] | None = None
+    for name, tensor in tensors.items():
+        batch = tensor.shape[0]
+        if first is not None and batch not in (1, first[1]):
+            raise XditError(
+                Code.BAD_TENSOR,
+                f"{first[0]} has batch {first[1]} and {name} {batch}; they must be equal, or one of them 1.",
+            )
+        if batch != 1 and first is None:
+            first = name, batch
+
+
+def check_latent(what: str, info: ModelInfo, x: Tensor, conditioning: Conditioning) -> None:
+    """Refuses another latent than [B, latent_channels, H, W], and one beside a conditioning of another batch.
+
+    Raises:
+        XditError: `bad_tensor`.
+    """
+    inputs.check_dtype(what, x)
+    inputs.check_shape(what, x, ("B", info.facts["latent_channels"], "H", "W"))
+    for key, tensor in conditioning.items():
+        inputs.check_batch(key, tensor, x.shape[0])
+
+
+def check_flow_sample(
+    info: ModelInfo, message: Sample, conditioning: Conditioning, negative: Conditioning | None
+) -> None:
+    """noise [B, latent_channels, H, W]; sigmas 1 to 0; latent, out and previews shaped as noise.
+
+    Raises:
+        XditError: `bad_value`, `bad_tensor`.
+    """
+    inputs.check_loop(message, highest=1.0)
+    noise = message.noise
+    check_latent("noise", info, noise, conditioning)
+    if negative is not None:
+        check_latent("noise", info, noise, negative)
+    inputs.check_same_shape("latent", message.latent, noise, "noise")
+    inputs.check_same_shape("out", message.out, noise, "noise")
+    for i, preview in enumerate(message.previews):
+        inputs.check_same_shape(f"preview {i}", preview, noise, "noise")
+
+
+def no_sample(info: ModelInfo, label: str) -> XditError:
+    """What to raise where the ranks have no loop for the family's kind of noise."""
+    return XditError(
+        Code.NOT_BUILT,
+        f"{info.kind}/{info.name} is {label}; the ranks' own loop is built for flow models only. "
+        "Let the loop run in the client, with `denoise`.",
+    )
+
+
+def other_part(info: ModelInfo, label: str, verb: str) -> XditError:
+    """What to raise where a transformer was asked for a VAE's or a text encoder's work."""
+    part = "text encoder" if verb == "encode text" else "VAE"
+    return inputs.refuse(info, label, verb, f"open a run of a {part}")

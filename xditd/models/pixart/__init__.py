@@ -1,0 +1,1 @@
+"""PixArt-α and PixArt-Σ, of any width and depth."""

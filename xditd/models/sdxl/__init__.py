@@ -1,0 +1,1 @@
+"""The SDXL base UNet, of any width and depth."""

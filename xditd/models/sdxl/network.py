@@ -1,0 +1,92 @@
+"""SDXL on a device: ComfyUI's inputs in, the network's raw output out. Knows no ranks and no sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from xditd.models.reading import WeightFile, fill
+from xditd.models.sdxl import keys
+from xditd.models.sdxl.config import config
+from xditd.models.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What SDXL is conditioned on, on the device and in the compute dtype."""
+
+    context: torch.Tensor  # [1 or B, n, context_width]
+    vector: torch.Tensor  # [1 or B, vector_width]
+
+
+class SDXL:
+    """An SDXL UNet.
+
+    Attributes:
+        backbone: diffusers' module.
+        call: what runs it: the module itself, as it runs on one device.
+    """
+
+    multiplier = 1.0
+    heads = 1
+    tokens = Tokens(image={}, attention=())  # none: it cannot be split
+
+    def __init__(self, backbone: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) -> None:
+        self.backbone = backbone
+        self.device = device
+        self.dtype = dtype
+        self.call: Callable[..., torch.Tensor] = partial(self.run, backbone)
+
+    def condition(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Conditioning:
+        """A conditioning from the tensors `context` and `vector`."""
+        return Conditioning(tensors["context"].to(self.dtype), tensors["vector"].to(self.dtype))
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The noise in x, or v.
+
+        Args:
+            x: [B, C, H, W] on the device, any float dtype, any height and width.
+            t: index of a timestep, float32 [B].
+            conditioning: of batch 1 or B.
+
+        Returns:
+            [B, C, H, W] in the compute dtype.
+        """
+        batch = x.shape[0]
+        return self.call(
+            sample=x.to(self.dtype),
+            timestep=t,
+            encoder_hidden_states=conditioning.context.expand(batch, -1, -1),
+            class_labels=conditioning.vector.expand(batch, -1),
+        )
+
+    def run(self, module: Callable[..., Any], **keywords: Any) -> torch.Tensor:
+        """The module on a whole latent."""
+        output: torch.Tensor = module(**keywords, return_dict=False)[0]
+        return output
+
+
+def load(
+    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
+) -> SDXL:
+    """An SDXL UNet from a file in its makers' layout.
+
+    Args:
+        file: mapped.
+        facts: as `catalog.families.sdxl.detect` finds them in it.
+        prefix: of its keys.
+        device: where it goes.
+        dtype: of its parameters and its arithmetic.
+
+    Raises:
+        XditError: `file_invalid` naming keys.
+    """
+    with torch.device("meta"):
+        backbone = UNet2DConditionModel(**config(facts))
+    fill(backbone, keys.pieces(facts, prefix), file, device, dtype)
+    return SDXL(backbone, device, dtype)
