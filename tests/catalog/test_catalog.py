@@ -122,7 +122,7 @@ def test_every_bad_file_is_listed_with_its_reason_and_none_stops_the_list(catalo
     write(folder / "cut.safetensors", entries(flux.parameters(SMALL_FLUX)), missing=5)
     write(
         folder / "sdxl.safetensors",
-        entries({"input_blocks.0.0.weight": (1,), "label_emb.0.0.weight": (1, 2816)}),
+        entries({"input_blocks.0.0.weight": (1,), "label_emb.0.0.weight": (1, 2560)}),
     )
     write(folder / "strange.safetensors", entries({"a": (1,)}))
     (folder / "old.ckpt").write_bytes(pickle.dumps({}))
