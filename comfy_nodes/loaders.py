@@ -119,7 +119,12 @@ class LoadCheckpoint(io.ComfyNode):
         encoders = [(part, found) for name in kind.ENCODERS if (found := _part(part := spec.part(name)))]
         clip = make_clip(kind.CLIP, [(part, found.model) for part, found in encoders]) if encoders else None
         vae = _part(part := spec.part("vae"))
-        _done(spec, loaded, "" if clip else "; no text encoders in it", "" if vae else "; no VAE in it")
+        _done(
+            spec,
+            loaded,
+            "" if clip else "; no text encoders in it that it loads",
+            "" if vae else "; no VAE in it",
+        )
         model = make_model(spec, loaded)
         if clip is not None:
             remote(model).empty_prompt = functools.cache(lambda: _empty_prompt(clip))
