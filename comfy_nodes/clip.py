@@ -82,7 +82,6 @@ class RemoteEncoder(comfy.sd1_clip.SDClipModel):
                 on_event=daemon.telling(spec.model.name),
                 interrupt=daemon.interrupt,
             ),
-            was_there=True,
         )
         device = self.execution_device or torch.device("cpu")
         # Clones: ComfyUI writes weights into them, and keeps them for as long as the prompt does not change.

@@ -62,8 +62,8 @@ def telling(what: str) -> Callable[[Any], None]:
     return tell
 
 
-def patiently(ask: Callable[[], T], *, was_there: bool) -> T:
-    """Asks; where the daemon `was_there` before and is gone, until it has come back.
+def patiently(ask: Callable[[], T]) -> T:
+    """Asks a daemon that was there before; where it is gone, until it has come back.
 
     Raises:
         XditError: what the daemon says, or `daemon_not_found` after a while.
@@ -74,7 +74,7 @@ def patiently(ask: Callable[[], T], *, was_there: bool) -> T:
             return ask()
         except XditError as error:
             gone = error.code in (Code.DAEMON_NOT_FOUND, Code.DAEMON_LOST, Code.STOPPING)
-            if not (was_there and gone) or time.monotonic() > until:
+            if not gone or time.monotonic() > until:
                 raise
         say("⏳ the daemon is gone; waiting for it to come back")
         interrupt()

@@ -26,7 +26,6 @@ LOOPS = ("euler", "heun", "dpmpp_2m", "ddim")
 OF_AN_ENTRY = frozenset({"model_conds", "uuid", "cross_attn", "pooled_output", "guidance", "strength"})
 """What a conditioning may carry that changes nothing in how it is applied."""
 
-
 WITHIN_A_STEP = ("sampler_", "model_function", "denoise_mask_function", "context_handler")
 """How the model options begin that are called within a step."""
 
@@ -57,8 +56,9 @@ def _sample(
     name = _name_of(execute.class_obj)
     options = extra_args["model_options"]
     _refuse(guider, sigmas, options, denoise_mask)
-    entries = ("positive",) if math.isclose(guider.cfg, 1.0) else ("positive", "negative")
-    positive, negative = (*(_put(leaf, sampling, guider, name, noise, options) for name in entries), None)[:2]
+    positive = _put(leaf, sampling, guider, "positive", noise, options)
+    guided = not math.isclose(guider.cfg, 1.0)
+    negative = _put(leaf, sampling, guider, "negative", noise, options) if guided else None
     shown: list[torch.Tensor] = [torch.zeros_like(noise)]
 
     def progress(step: int, total: int, sigma: float, x0: torch.Tensor | None) -> None:

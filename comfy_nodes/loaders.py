@@ -294,12 +294,8 @@ def _dispatcher(kind: str, name: str, choices: dict[str, Any]) -> Dispatcher:
 
 def _load(spec: Dispatcher) -> Loaded:
     """Has the daemon load it, or finds it warm."""
-    client = daemon.client(spec.endpoint)
-    loaded: Loaded = daemon.patiently(
-        lambda: client.load(
-            spec.model, spec.plan, on_event=daemon.telling(spec.model.name), interrupt=daemon.interrupt
-        ),
-        was_there=False,
+    loaded = daemon.client(spec.endpoint).load(
+        spec.model, spec.plan, on_event=daemon.telling(spec.model.name), interrupt=daemon.interrupt
     )
     freeing.used(spec)
     return loaded

@@ -12,7 +12,6 @@ from comfy_api.latest import io
 from xditd.protocol.errors import Code, XditError
 
 from .daemon_loop import LOOPS, in_daemon
-from .dispatcher import Dispatcher
 from .loaders import DispatcherType
 from .patcher import remote
 from .say import say, telling_refusals
@@ -36,6 +35,35 @@ def _ours() -> list[Any]:
     ]
 
 
+def _seed(name: str) -> Any:
+    return io.Int.Input(
+        name, default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Of the noise."
+    )
+
+
+def _sampling(steps: str) -> list[Any]:
+    """What both stock nodes ask, between the seed and what is their own.
+
+    Args:
+        steps: tooltip of the input of that name.
+    """
+    samplers, schedulers = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+    scale = "Guidance scale; 1 for Flux."
+    return [
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip=steps),
+        io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=scale),
+        io.Combo.Input("sampler_name", options=samplers, tooltip="The sampler."),
+        io.Combo.Input("scheduler", options=schedulers, tooltip="The schedule of sigmas."),
+        io.Conditioning.Input("positive", tooltip="What the image shall show."),
+        io.Conditioning.Input("negative", tooltip="What it shall not; unused where cfg is 1."),
+        io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+    ]
+
+
+SHARED = ("steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image")
+"""Names of `_sampling`'s inputs, in the order in which ComfyUI's own function takes them."""
+
+
 class KSampler(io.ComfyNode):
     """The stock KSampler on a model in the daemon."""
 
@@ -48,33 +76,8 @@ class KSampler(io.ComfyNode):
             description="Denoises a latent with a model in the xDiT daemon: the latent of the stock KSampler.",
             inputs=[
                 io.Model.Input("model", tooltip="From an xDiT loader."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="How many steps."),
-                io.Float.Input(
-                    "cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance scale; 1 for Flux.",
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampler."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="The schedule of sigmas."
-                ),
-                io.Conditioning.Input("positive", tooltip="What the image shall show."),
-                io.Conditioning.Input("negative", tooltip="What it shall not; unused where cfg is 1."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                _seed("seed"),
+                *_sampling("How many steps."),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="How much of it to redo."
                 ),
@@ -84,35 +87,8 @@ class KSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        seed: int,
-        steps: int,
-        cfg: float,
-        sampler_name: str,
-        scheduler: str,
-        positive: Any,
-        negative: Any,
-        latent_image: Any,
-        denoise: float,
-        dispatcher: Dispatcher,
-        loop: str = "comfyui",
-    ) -> io.NodeOutput:
-        return _sample(
-            model,
-            dispatcher,
-            loop,
-            seed,
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            positive,
-            negative,
-            latent_image,
-            denoise=denoise,
-        )
+    def execute(cls, seed: int, denoise: float, **inputs: Any) -> io.NodeOutput:
+        return _sample(inputs, seed, denoise=denoise)
 
 
 class KSamplerAdvanced(io.ComfyNode):
@@ -130,35 +106,8 @@ class KSamplerAdvanced(io.ComfyNode):
                 io.Combo.Input(
                     "add_noise", options=["enable", "disable"], tooltip="Whether to begin with noise."
                 ),
-                io.Int.Input(
-                    "noise_seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise.",
-                ),
-                io.Int.Input(
-                    "steps", default=20, min=1, max=10000, tooltip="How many steps the schedule has."
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance scale; 1 for Flux.",
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampler."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="The schedule of sigmas."
-                ),
-                io.Conditioning.Input("positive", tooltip="What the image shall show."),
-                io.Conditioning.Input("negative", tooltip="What it shall not; unused where cfg is 1."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                _seed("noise_seed"),
+                *_sampling("How many steps the schedule has."),
                 io.Int.Input("start_at_step", default=0, min=0, max=10000, tooltip="The first step to do."),
                 io.Int.Input(
                     "end_at_step", default=10000, min=0, max=10000, tooltip="The step to stop before."
@@ -176,34 +125,16 @@ class KSamplerAdvanced(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
         add_noise: str,
         noise_seed: int,
-        steps: int,
-        cfg: float,
-        sampler_name: str,
-        scheduler: str,
-        positive: Any,
-        negative: Any,
-        latent_image: Any,
         start_at_step: int,
         end_at_step: int,
         return_with_leftover_noise: str,
-        dispatcher: Dispatcher,
-        loop: str = "comfyui",
+        **inputs: Any,
     ) -> io.NodeOutput:
         return _sample(
-            model,
-            dispatcher,
-            loop,
+            inputs,
             noise_seed,
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            positive,
-            negative,
-            latent_image,
             disable_noise=add_noise == "disable",
             start_step=start_at_step,
             last_step=end_at_step,
@@ -215,7 +146,8 @@ NODES = [KSampler, KSamplerAdvanced]
 
 
 @telling_refusals()
-def _sample(model: Any, dispatcher: Dispatcher, loop: str, *arguments: Any, **named: Any) -> io.NodeOutput:
+def _sample(inputs: dict[str, Any], seed: int, **named: Any) -> io.NodeOutput:
+    model, dispatcher = inputs["model"], inputs["dispatcher"]
     leaf = remote(model)
     if leaf.dispatcher != dispatcher:
         raise XditError(
@@ -223,7 +155,9 @@ def _sample(model: Any, dispatcher: Dispatcher, loop: str, *arguments: Any, **na
             f"This MODEL is {leaf.dispatcher.model.name} and this XDIT_DISPATCHER {dispatcher.model.name}, or their "
             "choices differ; connect both from the same loader.",
         )
+    if inputs.get("loop") == "daemon":
+        model = in_daemon(model)
     begin = time.perf_counter()
-    sampled = nodes.common_ksampler(in_daemon(model) if loop == "daemon" else model, *arguments, **named)
+    sampled = nodes.common_ksampler(model, seed, *(inputs[name] for name in SHARED), **named)
     say(f"{leaf.verdict()} in {time.perf_counter() - begin:.1f} s")
     return io.NodeOutput(*sampled)

@@ -74,7 +74,7 @@ class Sampling:
     def run(self) -> Run:
         """The run, opened where it is not."""
         if self._run is None:
-            self._run = daemon.patiently(self._open, was_there=self._was_there)
+            self._run = daemon.patiently(self._open) if self._was_there else self._open()
             self._was_there = True
             self._plan = f"{', '.join(self._run.plan.devices)} ({self._run.plan.reason})"
         return self._run
@@ -96,7 +96,7 @@ class Sampling:
             key = f"{name}.{self._versions[name]}"
         kept = Put({label: tensor.detach().cpu().clone() for label, tensor in tensors.items()}, values)
         self._puts[key] = kept
-        self._again(lambda: self.run.put_conditioning(key, kept.tensors, kept.values, wait=False), put=False)
+        self._again(lambda: self.run.put_conditioning(key, kept.tensors, kept.values, wait=False))
         return key
 
     def denoise(self, items: Sequence[Item]) -> list[torch.Tensor]:
@@ -139,7 +139,7 @@ class Sampling:
         if isinstance(event, m.Rebound):
             self.remarks.append(f"{event.reason}; {event.group} went on")
 
-    def _again(self, ask: Callable[[], T], *, put: bool = True) -> T:
+    def _again(self, ask: Callable[[], T]) -> T:
         """Asks, and where the daemon was lost on the way, asks its successor once."""
         try:
             return ask()
@@ -152,7 +152,7 @@ class Sampling:
         self._run = None
         for key, kept in self._puts.items():
             self.run.put_conditioning(key, kept.tensors, kept.values)
-        return ask() if put else None  # type: ignore[return-value]
+        return ask()
 
 
 def _same(put: Put, tensors: dict[str, torch.Tensor], values: dict[str, float]) -> bool:

@@ -41,7 +41,6 @@ class RemoteAutoencoder(torch.nn.Module):
                     interrupt=daemon.interrupt,
                     **options,
                 ),
-                was_there=True,
             )
         except XditError as error:
             if error.code == Code.OUT_OF_MEMORY:  # ComfyUI then does it in tiles, and says so

@@ -71,7 +71,7 @@ def node_ids() -> set[str]:
 
 def input_ids() -> set[str]:
     """Names of inputs that are written out; those of files of text encoders come from a loop."""
-    found = set(re.findall(r"(?:io\.\w+|DispatcherType)\.Input\(\s*\"(\w+)\"", sources()))
+    found = set(re.findall(r"(?:(?:io\.\w+|DispatcherType)\.Input|_seed)\(\s*\"(\w+)\"", sources()))
     return found | set(re.findall(r"\"(clip_name\d?)\"", sources()))
 
 

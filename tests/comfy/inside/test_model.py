@@ -233,7 +233,8 @@ def test_cancel_cancels_within_a_step_and_the_next_run_works_at_once(serve: Serv
 
     def press() -> None:
         began.wait(60)
-        time.sleep(0.3)  # in the middle of the second step
+        client = daemon.client(slow.endpoint)
+        wait_for(lambda: client.status().devices[0].busy, "the second step to be under way")
         pressed.append(time.monotonic())
         comfy.model_management.interrupt_current_processing()
 
