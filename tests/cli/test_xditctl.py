@@ -122,6 +122,11 @@ def test_no_models_says_where_the_daemon_looks(ask):
     assert "/data/vae" in result.stdout
 
 
+def test_load_asks_for_a_strategy_by_its_name_in_any_case(ask):
+    result = ask("load diffusion_models/flux.safetensors --strategy cfg --devices 0,1")
+    assert result.client.asked[1][1][1] == PlanRequest(strategy="CFG", devices=("0", "1"))
+
+
 def test_load_asks_for_the_plan_and_tells_the_phases(ask):
     result = ask("load diffusion_models/flux.safetensors --ulysses 2 --devices 0,1 --dtype bfloat16")
     assert result.exit_code == 0

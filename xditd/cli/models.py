@@ -22,8 +22,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = click.Choice(["bfloat16", "float16", "float32"])
 
 
+STRATEGIES = ("auto", "Hybrid", "USP", "CFG", "PipeFusion", "Tensor")
+"""As the daemon knows them; what it has not built it refuses by name."""
+
+
 def plan_options(command: F) -> F:
-    """--ulysses, --ring, --devices: what is left out is the planner's choice."""
+    """--strategy, --ulysses, --ring, --devices: what is left out is the planner's choice."""
     for decorate in (
         click.option(
             "--devices",
@@ -40,13 +44,22 @@ def plan_options(command: F) -> F:
             default=0,
             help="Ulysses degree; 0 is the planner's choice.",
         ),
+        click.option(
+            "--strategy",
+            type=click.Choice(STRATEGIES, case_sensitive=False),
+            default=STRATEGIES[0],
+            show_default=True,
+            help="How the devices share the work; CFG computes positive and negative side by side.",
+        ),
     ):
         command = decorate(command)
     return command
 
 
-def plan_of(ulysses: int, ring: int, devices: str, replicas: int = 0) -> PlanRequest:
-    return PlanRequest(ulysses=ulysses, ring=ring, devices=_names(devices), replicas=replicas)
+def plan_of(strategy: str, ulysses: int, ring: int, devices: str, replicas: int = 0) -> PlanRequest:
+    return PlanRequest(
+        strategy=strategy, ulysses=ulysses, ring=ring, devices=_names(devices), replicas=replicas
+    )
 
 
 def _names(devices: str) -> tuple[str, ...]:
@@ -125,6 +138,7 @@ def show_models(console: Console, answer: ModelList) -> None:
 def load(
     endpoint: str | None,
     model: ModelRef,
+    strategy: str,
     ulysses: int,
     ring: int,
     devices: str,
@@ -140,9 +154,10 @@ def load(
       xditctl load diffusion_models/flux1-dev.safetensors
       xditctl load diffusion_models/flux1-dev.safetensors --ulysses 2 --ring 2 --devices 0,1,2,3
       xditctl load diffusion_models/flux1-dev.safetensors --devices 0-7 --replicas 4
+      xditctl load diffusion_models/sd3.5_large.safetensors --strategy CFG --devices 0-3
     """
     model = msgspec.structs.replace(model, dtype=dtype or "")
-    plan = plan_of(ulysses, ring, devices, replicas if replicas > 1 else 0)
+    plan = plan_of(strategy, ulysses, ring, devices, replicas if replicas > 1 else 0)
     with connect(endpoint, shared_memory=False) as client, PhaseBar(stderr(), words.model(model)) as bar:
         answer = client.load(model, plan, on_event=bar.on_event, timeout=timeout)
     if as_json:

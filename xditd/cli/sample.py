@@ -115,6 +115,7 @@ def sample(
     vae: ModelRef | None,
     output: Path,
     save_latent: Path | None,
+    strategy: str,
     ulysses: int,
     ring: int,
     devices: str,
@@ -137,7 +138,7 @@ def sample(
         raise click.UsageError("Give --vae for a picture, or --save-latent for the latent alone.")
     wish = Wish(
         model=msgspec.structs.replace(model, dtype=dtype or ""),
-        plan=plan_of(ulysses, ring, devices),
+        plan=plan_of(strategy, ulysses, ring, devices),
         conditioning=conditioning,
         **wished,
     )
