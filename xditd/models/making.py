@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -143,88 +144,65 @@ def t5_weights(
 def make_flux(
     path: str | os.PathLike[str],
     *,
-    heads: int = 2,
-    head_dim: int = 128,
-    double_blocks: int = 2,
-    single_blocks: int = 2,
-    context_width: int = 4096,
-    pooled_width: int = 768,
-    latent_channels: int = 16,
-    guidance: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     prefix: str = "",
+    **shape: Any,
 ) -> Path:
-    """Writes a Flux transformer, as ComfyUI's diffusion_models holds them; `guidance` makes it a dev, else a schnell."""
-    facts = flux_facts(
-        heads=heads,
-        head_dim=head_dim,
-        double_blocks=double_blocks,
-        single_blocks=single_blocks,
-        context_width=context_width,
-        pooled_width=pooled_width,
-        latent_channels=latent_channels,
-        guidance=guidance,
-    )
-    return write(path, flux_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+    """Writes a Flux transformer, as ComfyUI's diffusion_models holds them; `guidance` makes it a dev, else a schnell.
+
+    Args:
+        shape: as `flux_facts` takes it.
+    """
+    return write(path, flux_weights(flux_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
 
 
 def make_vae(
     path: str | os.PathLike[str],
     *,
-    width: int = 32,
-    multiples: tuple[int, ...] = (1, 2, 4, 4),
-    blocks: int = 2,
-    latent_channels: int = 16,
-    quant: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     prefix: str = "",
+    **shape: Any,
 ) -> Path:
-    """Writes an AutoencoderKL, as ComfyUI's vae holds them: Flux's layout, or with `quant` and 4 channels SD's."""
-    facts = vae_facts(
-        width=width, multiples=multiples, blocks=blocks, latent_channels=latent_channels, quant=quant
-    )
-    return write(path, vae_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+    """Writes an AutoencoderKL, as ComfyUI's vae holds them: Flux's layout, or with `quant` and 4 channels SD's.
+
+    Args:
+        shape: as `vae_facts` takes it.
+    """
+    return write(path, vae_weights(vae_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
 
 
 def make_clip(
     path: str | os.PathLike[str],
     *,
-    width: int = 64,
-    layers: int = 2,
-    vocabulary: int = clip.END + 1,
-    positions: int = 77,
-    projection: bool = True,
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
     prefix: str = "",
+    **shape: Any,
 ) -> Path:
-    """Writes a CLIP text encoder, as ComfyUI's text_encoders holds them."""
-    facts = clip_facts(
-        width=width, layers=layers, vocabulary=vocabulary, positions=positions, projection=projection
-    )
-    return write(path, clip_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+    """Writes a CLIP text encoder, as ComfyUI's text_encoders holds them.
+
+    Args:
+        shape: as `clip_facts` takes it.
+    """
+    return write(path, clip_weights(clip_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
 
 
 def make_t5(
     path: str | os.PathLike[str],
     *,
-    width: int = 128,
-    layers: int = 2,
-    heads: int = 2,
-    head_dim: int = 64,
-    vocabulary: int = 32128,
-    gated: bool = True,
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
     prefix: str = "",
+    **shape: Any,
 ) -> Path:
-    """Writes a T5 encoder, as ComfyUI's text_encoders holds them; `gated` as every T5 since 1.1 is."""
-    facts = t5_facts(
-        width=width, layers=layers, heads=heads, head_dim=head_dim, vocabulary=vocabulary, gated=gated
-    )
-    return write(path, t5_weights(facts, dtype=dtype, seed=seed, prefix=prefix))
+    """Writes a T5 encoder, as ComfyUI's text_encoders holds them; `gated` as every T5 since 1.1 is.
+
+    Args:
+        shape: as `t5_facts` takes it.
+    """
+    return write(path, t5_weights(t5_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
 
 
 def make_checkpoint(
