@@ -172,3 +172,10 @@ def test_the_environment_cannot_open_a_door_that_the_configuration_keeps_shut() 
     )
     assert ended.returncode == 78
     assert "allow_insecure_tcp" in ended.stderr
+
+
+def test_a_model_is_unloaded_by_either_name_of_its_kind(serve: Serve) -> None:
+    service = serve(**{"devices.cpu_ranks": 1})
+    with service.client() as client:
+        loaded = client.load("diffusion_models/flux.safetensors")
+        assert client.unload("unet/flux.safetensors").groups == (loaded.group,)

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from xditd.catalog.catalog import Catalog, Found
 from xditd.catalog.families import family
+from xditd.catalog.roots import ALIASES
 from xditd.daemon import dtypes, planner
 from xditd.daemon.devices import Device, Memories
 from xditd.daemon.dispatcher import Dispatcher
@@ -333,7 +334,14 @@ def _meant(message: m.Unload, group: Group) -> bool:
     if message.group:
         return group.name == message.group
     wanted = message.model
-    return wanted is not None and (wanted.kind, wanted.name) == (group.ref.kind, group.ref.name)
+    return (
+        wanted is not None and wanted.name == group.ref.name and _today(wanted.kind) == _today(group.ref.kind)
+    )
+
+
+def _today(kind: str) -> str:
+    """A kind by its name of today, as the catalog finds a file under either; the echo's is its own."""
+    return ALIASES.get(kind, kind)
 
 
 def _fit(answer: m.ModelList) -> m.ModelList:
