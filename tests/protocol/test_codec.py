@@ -172,9 +172,9 @@ STATUS = (
 )  # fmt: skip
 def test_hostile_bytes_are_refused_at_once_and_in_little_memory(header):
     tracemalloc.start()
-    begin = time.perf_counter()
+    begin = time.thread_time()  # what others do on the machine is not its cost
     error = refusal(header)
-    took = time.perf_counter() - begin
+    took = time.thread_time() - begin
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert error.code in (Code.BAD_MESSAGE, Code.BAD_VALUE, Code.UNKNOWN_TYPE)
