@@ -160,7 +160,7 @@ class Daemon(RuleBasedStateMachine):
     @invariant()
     def no_group_has_more_runs_than_places_or_a_run_that_is_not_its_own(self):
         for group in self.world.core.fleet.groups.values():
-            runs = self.world.core.runs_on(group)
+            runs = self.world.core.runs.on(group)
             assert len(runs) <= self.world.places
             assert all(group.key in run.keys for run in runs)
 
@@ -175,7 +175,7 @@ class Daemon(RuleBasedStateMachine):
                 assert all(
                     g.state != "ready"
                     or g.name in core.fleet.held
-                    or len(core.runs_on(g)) >= self.world.places
+                    or core.runs.count_on(g) >= self.world.places
                     for g in mine
                 )
 

@@ -46,7 +46,7 @@ def test_a_client_that_has_a_place_comes_after_those_that_have_none():
     world.open_ready(peer=b"a")
     world.open(peer=b"b")
     opened(world, "abc")
-    assert [run.peer for run in world.core.placing.line(world.core.runs.values(), world.now)] == [
+    assert [run.peer for run in world.core.placing.line(world.core.runs, world.now)] == [
         b"c",
         b"a",
         b"b",
@@ -66,7 +66,7 @@ def test_who_waits_for_minutes_comes_before_a_stream_of_urgent_runs():
     (patient,) = opened(world, "a", priority=-2)
     world.now += 5 * 60
     opened(world, "b", priority=2)
-    assert world.core.placing.line(world.core.runs.values(), world.now)[0] is patient
+    assert world.core.placing.line(world.core.runs, world.now)[0] is patient
 
 
 def test_the_client_hears_its_position_and_again_when_it_changes():

@@ -1,9 +1,12 @@
-"""Which run is on which group, whose turn it is, and what becomes of a run. Decides; does nothing itself.
+"""Which run is on which group, and what becomes of a run. Decides; does nothing itself.
 
 What happens in the world comes in as a method call with the time; what should happen goes out through two ports.
 No socket, clock, process or device is in here, so its tests need none. The way of a run:
 
     open → queued → its group is ready → `RunOpened` → ask → turns → the answer → ask → … → close
+
+Who there is stands in the `roster`; which of those that wait gets a place, and where, is `placing`'s; what a run with a
+place is asked is done by `jobs`; groups come and go in the `fleet`.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from typing import Any
 from xditd.catalog.catalog import Found
 from xditd.daemon.fleet import LOST, Deadlines, Fleet
 from xditd.daemon.groups import Group, Restarts
+from xditd.daemon.jobs import Jobs
 from xditd.daemon.placing import Placing
 from xditd.daemon.ports import ClientPort, RankPort
 from xditd.daemon.residency import Residency
-from xditd.daemon.runs import MAX_REBINDS, Asked, Key, Run, Work
+from xditd.daemon.roster import Roster
+from xditd.daemon.runs import MAX_REBINDS, Key, Run, Work
 from xditd.daemon.turns import Turns
-from xditd.daemon.work import alone, answer, begin, effort, failed, progress, spell, turn
+from xditd.daemon.work import failed, spell
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code, XditError
@@ -30,7 +35,7 @@ TELL_EVERY = 1.0
 
 
 class Dispatcher:
-    """The runs of a daemon, by id; its fleet of groups; their turns."""
+    """The runs of a daemon, and its fleet of groups."""
 
     def __init__(
         self,
@@ -59,11 +64,11 @@ class Dispatcher:
         self.placing = Placing(places, weights or {})
         self.ended = ended
         self.noticed: Callable[[Group], None] = lambda group: None  # called when a group's state has changed
-        self.turned: Callable[[Asked, float], None] = lambda asked, seconds: None  # called after every turn
         self.gone: Callable[[Group, float], None] = lambda group, now: None
         self.fleet = Fleet(clients, ranks, deadlines, restarts, residency, self)
         self.turns = Turns()
-        self.runs: dict[int, Run] = {}
+        self.runs = Roster()
+        self.jobs = Jobs(clients, ranks, self.runs, self.fleet.groups, self.turns)
         self.draining = False
         self._ids = count(1)
         self._settling = False
@@ -84,7 +89,7 @@ class Dispatcher:
             XditError: `draining`, `queue_full`, `model_failed`, `out_of_memory`.
         """
         self.refuse_if_draining()
-        if sum(run.state == "queued" for run in self.runs.values()) >= self.queue:
+        if len(self.runs.queued) >= self.queue:
             raise XditError(Code.QUEUE_FULL, f"{self.queue} runs are waiting already; try again later.")
         self.fleet.want(keys, request.model, found, now)
         run = Run(
@@ -101,8 +106,8 @@ class Dispatcher:
             scheduling=request.plan.scheduling,
             touched=now,
         )
-        self.runs[run.id] = run
-        self.placing.joined(run, self.runs.values())
+        self.runs.add(run)
+        self.placing.joined(run, self.runs)
         self.settle(now)
         if run.state == "queued":
             self._tell([run], now)
@@ -126,18 +131,7 @@ class Dispatcher:
         Raises:
             XditError: `run_busy` if one is under way.
         """
-        if run.asked is not None:
-            raise XditError(
-                Code.RUN_BUSY,
-                f"Run {run.id} is at work on request {run.asked.work.id}; ask one thing at a time.",
-            )
-        run.touched = now
-        run.asked = Asked(work, frames)
-        run.effort = effort(work)
-        if run.state == "bound":
-            run.go("ask")
-            self._ask_turn(run)
-            self._next_turn(now)
+        self.jobs.ask(run, work, frames, now)
 
     def stop(self, run: Run, message: str, now: float) -> None:
         """Ends a run: now, or with the turn that it is in. `ended` tells when."""
@@ -157,7 +151,7 @@ class Dispatcher:
             XditError: `group_busy` without `force` where runs are on one, or wait for it.
         """
         for group in groups:
-            runs = [run.id for run in (*self.runs_on(group), *self._waiting_for(group))]
+            runs = [run.id for run in (*self.runs.on(group), *self.runs.waiting_for(group.key))]
             if runs and not force:
                 raise XditError(
                     Code.GROUP_BUSY,
@@ -166,14 +160,14 @@ class Dispatcher:
                     runs=runs,
                 )
         for group in groups:
-            for run in (*self.runs_on(group), *self._hopeless(group, *groups)):
+            for run in (*self.runs.on(group), *self._hopeless(group, *groups)):
                 self._stop(run, f"Group {group.name} was unloaded by force.", now)
             self.fleet.leave(group, now)  # behind the turn that it may be in
         self.settle(now)
 
     def client_gone(self, peer: bytes, segments: tuple[int, ...], now: float) -> None:
         """A client's connection ended: its runs end, the ranks drop its segments."""
-        for run in [run for run in self.runs.values() if run.peer == peer]:
+        for run in self.runs.of(peer):
             self._stop(run, "Its client is gone.", now)
         self.fleet.forget_peer(peer)
         self.turns.forget_client(peer)
@@ -195,13 +189,14 @@ class Dispatcher:
 
     def turn_done(self, group: Group, report: o.TurnDone, frames: Sequence[Any], now: float) -> None:
         """Rank 0 has finished a turn. A late report of a dead turn changes nothing."""
-        run = self._turn_over(group, report.order, now)
+        run = self.jobs.turn_over(group, report.order, now)
         if run is not None and run.asked is not None:
             group.turns += 1
             group.ranks[0].device_memory = report.device_memory or group.ranks[0].device_memory
             if group.turns > 1:  # the first may have compiled
                 self.placing.experience.turn(group.key, report.seconds, run.effort)
-            self._advance(run, run.asked, report, frames, now)
+            if not self._left(run, now):
+                self.jobs.advance(run, run.asked, report, frames, now)
         self._after_turn(now)
 
     def rank_failed(self, group: Group, report: o.RankFailed, now: float) -> None:
@@ -209,9 +204,9 @@ class Dispatcher:
         if not report.alive or report.order is None:
             self.fleet.fail(group, report.code, f"Rank {report.rank}: {report.message}", now)
             return
-        run = self._turn_over(group, report.order, now)
-        if run is not None and run.asked is not None:
-            self._refuse(run, report.code, report.message, now)
+        run = self.jobs.turn_over(group, report.order, now)
+        if run is not None and run.asked is not None and not self._left(run, now):
+            self.jobs.refuse(run, run.asked, report.code, report.message, now)
         self._after_turn(now)
 
     # ------------------------------------------------------------------------------------ from the clock
@@ -232,7 +227,7 @@ class Dispatcher:
         self.settle(now)
         if now - self._told_at >= TELL_EVERY:
             self._told_at = now
-            self._tell([run for run in self.runs.values() if run.state == "queued"], now)
+            self._tell(list(self.runs.queued), now)
 
     # ------------------------------------------------------------------------------------ from the fleet
 
@@ -243,13 +238,13 @@ class Dispatcher:
         return bool(self._hopeless(group))
 
     def uses(self, group: Group) -> bool:
-        return self.holds(group) or bool(self._waiting_for(group))
+        return self.holds(group) or bool(self.runs.waiting_for(group.key))
 
     def holds(self, group: Group) -> bool:
-        return any(run.group == group.name for run in self.runs.values())
+        return self.runs.count_on(group) > 0
 
     def group_starting(self, group: Group, now: float) -> None:
-        self._tell(self._waiting_for(group), now)
+        self._tell(self.runs.waiting_for(group.key), now)
 
     def group_ready(self, group: Group, now: float) -> None:
         self.noticed(group)
@@ -263,19 +258,20 @@ class Dispatcher:
         """
         self.noticed(group)
         lost = group.code in LOST
-        victim = self._turn_over(group, group.turn, now)
-        for run in self.runs_on(group):
+        victim = self.jobs.turn_over(group, group.turn, now)
+        for run in self.runs.on(group):
             self.turns.forget(run.id)
+            if self._left(run, now):
+                continue
             if run is victim and run.asked is not None and not lost:
-                self._refuse(run, group.code, group.problem, now)
-            if not run.over:
-                self._take_back(run, group, lost, now)
+                self.jobs.refuse(run, run.asked, group.code, group.problem, now)
+            self._take_back(run, group, lost, now)
 
     def group_gone(self, group: Group, now: float) -> None:
         if group.all_gone:  # one that only waited for room was never announced
             self.noticed(group)
-        self._turn_over(group, group.turn, now)
-        for run in self.runs_on(group):
+        self.jobs.turn_over(group, group.turn, now)
+        for run in self.runs.on(group):
             self._end(run, Code.RUN_CANCELLED, run.leaving or group.problem, now)
         self.turns.forget_group(group.name)
         self.gone(group, now)
@@ -294,38 +290,31 @@ class Dispatcher:
                 self._changed = False
                 self.fleet.admit(now)
                 self._place(now)
-            self._next_turn(now)
+            self.jobs.next_turns(now)
         finally:
             self._settling = False
 
     # -------------------------------------------------------------------------------------- runs, inside
 
-    def runs_on(self, group: Group) -> list[Run]:
-        return [run for run in self.runs.values() if run.group == group.name]
-
-    def _waiting_for(self, group: Group) -> list[Run]:
-        return [run for run in self.runs.values() if run.state == "queued" and group.key in run.keys]
-
     def _hopeless(self, group: Group, *besides: Group) -> list[Run]:
         """Runs that wait for this group and could go to no other, but for those `besides`."""
         others = {one.key for one in self.fleet.groups.values() if one not in (group, *besides)}
-        return [run for run in self._waiting_for(group) if others.isdisjoint(run.keys)]
+        return [run for run in self.runs.waiting_for(group.key) if others.isdisjoint(run.keys)]
 
     def positions(self, now: float) -> dict[int, int]:
         """How many runs are before each that waits, for a place or for a turn."""
-        queue = self.placing.line(self.runs.values(), now)
+        queue = self.placing.line(self.runs, now)
         return self.turns.positions() | {run.id: before for before, run in enumerate(queue)}
 
     def _place(self, now: float) -> None:
         """Binds queued runs for which a group is ready that has a place."""
         groups = self.fleet.groups.values()
         serving = [group for group in groups if group.state == "ready" and group.name not in self.fleet.held]
-        for run, group in self.placing.next(self.runs.values(), serving, now):
+        for run, group in self.placing.next(self.runs, serving, now):
             self._bind(run, group, now)
 
     def _bind(self, run: Run, group: Group, now: float) -> None:
-        run.go("bind")
-        run.group = group.name
+        self.runs.place(run, group)
         run.touched = run.placed = group.used = now
         for message, frames in run.conditioning.values():
             self._pass_conditioning(run, message, frames)
@@ -340,15 +329,10 @@ class Dispatcher:
                 why = f"its group died; {group.name} goes on with it"
                 event = m.Rebound(re=run.asked.work.id, run=run.id, group=group.name, reason=why)
                 self.clients.answer(run.peer, event)
-            run.asked.begin_anew()
-            run.go("ask")
-            self._ask_turn(run)
+            self.jobs.begin_anew(run)
 
     def _take_back(self, run: Run, group: Group, lost: bool, now: float) -> None:
         """The run's group failed: it waits for the next one, a limited number of times over one request."""
-        if run.leaving:
-            self._end(run, Code.RUN_CANCELLED, run.leaving, now)
-            return
         if lost and run.asked is not None:
             run.rebinds += 1
             run.asked.rebinds += 1
@@ -356,15 +340,20 @@ class Dispatcher:
             message = f"Run {run.id} lost its group {run.asked.rebinds} times over one request; the last: {group.problem}."
             self._end(run, Code.RANK_LOST, message, now)
             return
-        run.go("unbind")
-        run.group = ""
+        self.runs.take_back(run)
+
+    def _left(self, run: Run, now: float) -> bool:
+        """A turn is over: whether its run was to end with it, and so has."""
+        if run.leaving:
+            self._end(run, Code.RUN_CANCELLED, run.leaving, now)
+        return run.over
 
     def _end(self, run: Run, code: Code | str, message: str, now: float) -> None:
         """The one end of a run: what is under way is answered, and its group forgets it."""
         if run.over:
             return
         self.turns.forget(run.id)
-        run.go("end")
+        self.runs.end(run)
         run.code, run.problem = spell(code), message
         if not run.announced:
             self.clients.answer(run.peer, failed(run.reopen, code, message))
@@ -379,72 +368,16 @@ class Dispatcher:
             self.ranks.order(group, o.ForgetRun(run=run.id))
             self.placing.experience.run(group.key, now - run.placed)
             group.used = now
-        del self.runs[run.id]
-        if not any(other.peer == run.peer for other in self.runs.values()):
+        if not self.runs.of(run.peer):
             self.placing.left(run.peer)
         self._changed = True
         self.ended(run)
 
-    def _refuse(self, run: Run, code: str, message: str, now: float) -> None:
-        """What the run asked failed; the run itself goes on, unless it was to end."""
-        assert run.asked is not None
-        if run.leaving:
-            self._end(run, Code.RUN_CANCELLED, run.leaving, now)
-            return
-        request, run.asked = run.asked.work.id, None
-        run.go("answer")
-        run.touched = now
-        self.clients.answer(run.peer, failed(request, code, message))
-
-    # ------------------------------------------------------------------------------------- turns, inside
-
-    def _next_turn(self, now: float) -> None:
-        while (run_id := self.turns.next()) is not None:
-            self._give_turn(self.runs[run_id], now)
-
     def _after_turn(self, now: float) -> None:
         """The devices are free; where a run ended with the turn, its place is too."""
-        self._next_turn(now)
+        self.jobs.next_turns(now)
         if self._changed:
             self.settle(now)
-
-    def _ask_turn(self, run: Run) -> None:
-        self.turns.ask(run.id, run.peer, self.fleet.groups[run.group], run.priority)
-
-    def _give_turn(self, run: Run, now: float) -> None:
-        group, asked = self.fleet.groups[run.group], run.asked
-        assert asked is not None
-        number = self.turns.begin(run.id, group, now)
-        frames = () if asked.begun else asked.frames
-        if isinstance(asked.work, m.Sample) and not asked.begun:
-            self.ranks.order(group, begin(run.id, asked.work), peer=run.peer, frames=frames)
-            frames = ()
-        asked.begun = True
-        self.ranks.order(group, turn(number, run.id, asked), peer=run.peer, frames=frames)
-
-    def _turn_over(self, group: Group, number: int | None, now: float) -> Run | None:
-        run_id = self.turns.over(group, number, now)
-        return self.runs.get(run_id) if run_id is not None else None
-
-    def _advance(self, run: Run, asked: Asked, report: o.TurnDone, frames: Sequence[Any], now: float) -> None:
-        """One more turn of the run's request is done: the next, or the answer."""
-        if run.leaving:
-            self._end(run, Code.RUN_CANCELLED, run.leaving, now)
-            return
-        run.touched = now
-        asked.step += 1
-        asked.seconds += report.seconds
-        self.turned(asked, report.seconds)
-        finished = asked.step == asked.turns
-        if isinstance(asked.work, m.Sample):
-            preview, shown = alone(report.preview, frames) if report.preview is not None else (None, ())
-            self.clients.answer(run.peer, progress(run.id, asked, asked.work, preview), shown)
-        if finished:
-            run.asked = None
-            run.go("answer")
-            self.clients.answer(run.peer, *answer(asked, report, frames))
-        else:
-            self._ask_turn(run)
 
     # ----------------------------------------------------------------------------------- telling, inside
 
@@ -454,6 +387,6 @@ class Dispatcher:
 
     def _tell(self, runs: Sequence[Run], now: float) -> None:
         if runs:
-            queue = self.placing.line(self.runs.values(), now)
+            queue = self.placing.line(self.runs, now)
             for run, event in self.placing.news(runs, queue, self.fleet.groups.values(), now):
                 self.clients.answer(run.peer, event)

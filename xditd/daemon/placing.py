@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from xditd.daemon import line
 from xditd.daemon.experience import Experience
 from xditd.daemon.groups import Group
+from xditd.daemon.roster import Roster
 from xditd.daemon.runs import Key, Run
 from xditd.daemon.scheduling import Candidate, Rota
 from xditd.protocol import messages as m
@@ -31,41 +32,35 @@ class Placing:
         self._rotas: dict[tuple[Key, ...], Rota] = {}
         self._had: dict[bytes, int] = {}  # places by client, of those that have runs
 
-    def joined(self, run: Run, runs: Collection[Run]) -> None:
+    def joined(self, run: Run, roster: Roster) -> None:
         """A run is new. A client that is new begins where the others were before the places that they hold now."""
         if run.peer not in self._had:
-            held = Counter(other.peer for other in runs if other.group)
+            held = Counter(other.peer for _, runs in roster.held() for other in runs)
             self._had[run.peer] = min((had - held[peer] for peer, had in self._had.items()), default=0)
 
     def left(self, client: bytes) -> None:
         """The client has no run any more."""
         self._had.pop(client, None)
 
-    def line(self, runs: Collection[Run], now: float) -> list[Run]:
+    def line(self, roster: Roster, now: float) -> list[Run]:
         """The runs that wait for a place, in the order in which they get one."""
-        return line.in_order([run for run in runs if run.state == "queued"], self._had, now)
+        return line.in_order(roster.queued, self._had, now)
 
-    def next(
-        self, runs: Collection[Run], groups: Collection[Group], now: float
-    ) -> Iterator[tuple[Run, Group]]:
+    def next(self, roster: Roster, groups: Collection[Group], now: float) -> Iterator[tuple[Run, Group]]:
         """Every run that gets a place now, and where; each is to be bound before the next is asked for.
 
         Args:
             groups: that are ready and take runs.
         """
-        queue = self.line(runs, now)
-        if not queue:
-            return
-        taken = Counter(run.group for run in runs)
-        free = {group.key: group for group in groups if taken[group.name] < self.places}
-        for run in queue if free else ():
+        free = {group.key: group for group in groups if roster.count_on(group) < self.places}
+        queue = self.line(roster, now) if free and roster.queued else ()
+        for run in queue:
             fitting = [free[key] for key in run.keys if key in free]
             if fitting:
-                group = fitting[0] if len(fitting) == 1 else self._choose(run, fitting, runs, groups)
+                group = fitting[0] if len(fitting) == 1 else self._choose(run, fitting, roster, groups)
                 yield run, group
                 self._had[run.peer] += 1
-                taken[group.name] += 1
-                if taken[group.name] >= self.places:
+                if roster.count_on(group) >= self.places:
                     del free[group.key]
 
     def news(
@@ -105,15 +100,14 @@ class Placing:
         ]
         return round(min(loads), 3) if loads else None
 
-    def _choose(
-        self, run: Run, fitting: Sequence[Group], runs: Collection[Run], groups: Collection[Group]
-    ) -> Group:
+    def _choose(self, run: Run, fitting: Sequence[Group], roster: Roster, groups: Collection[Group]) -> Group:
         """The replica that the run's scheduling chooses."""
         devices = {group.name: group.devices for group in groups}
-        ahead: Counter[str] = Counter()  # effort by device: groups that share one wait for each other
-        for other in runs:
-            for device in devices.get(other.group, ()):
-                ahead[device] += other.effort  # type: ignore[assignment]
+        ahead: dict[str, float] = defaultdict(float)  # by device: groups that share one wait for each other
+        for name, runs in roster.held():
+            effort = sum(other.effort for other in runs)
+            for device in devices.get(name, ()):
+                ahead[device] += effort
         candidates = [
             Candidate(
                 group.name,

@@ -183,7 +183,7 @@ class Requests:
         found, keys = await self._find(message.model, message.plan)
         if not session.alive:
             return
-        open_runs = sum(run.peer == session.peer for run in self.dispatcher.runs.values())
+        open_runs = len(self.dispatcher.runs.of(session.peer))
         if open_runs >= self.runs_per_client:
             raise XditError(
                 Code.QUEUE_FULL,
@@ -273,7 +273,7 @@ class Requests:
                 Code.BAD_VALUE,
                 f"Run {run.id} has {MAX_CONDITIONINGS} conditionings, which is the limit; reuse a key.",
             )
-        mine = [other for other in self.dispatcher.runs.values() if other.peer == run.peer]
+        mine = self.dispatcher.runs.of(run.peer)
         kept = [part for other in mine for _, parts in other.conditioning.values() for part in parts]
         total = sum(part.buffer.nbytes for part in (*kept, *frames))
         if frames and total > self.frame_bytes_per_client:

@@ -113,7 +113,7 @@ class Server:
             sight=self.sight,
             stop=stop,
         )
-        self.dispatcher.noticed, self.dispatcher.turned = self.sight.group, self.sight.turn
+        self.dispatcher.noticed, self.dispatcher.jobs.turned = self.sight.group, self.sight.turn
 
     def go(self, event: str) -> None:
         self.state = states.after(states.DAEMON, self.state, event)
@@ -186,7 +186,7 @@ class Server:
         self.dispatcher.tick(now)
         if now >= self._look:
             self._look = now + 1.0
-            self.clients.forget_quiet({run.peer for run in self.dispatcher.runs.values()}, now)
+            self.clients.forget_quiet(self.dispatcher.runs.clients(), now)
             self.clients.watch_descriptors()
 
     def report(self, request: int) -> m.StatusReport:
@@ -207,7 +207,7 @@ class Server:
             pid=os.getpid(),
             uptime=now - self.started,
             devices=self.gauges.status(dispatcher.turns.busy, now),
-            groups=tuple(group.status(len(dispatcher.runs_on(group)), rss) for group in groups),
+            groups=tuple(group.status(dispatcher.runs.count_on(group), rss) for group in groups),
             runs=tuple(run.status(now, positions.get(run.id, 0)) for run in dispatcher.runs.values()),
             arenas=tuple(
                 m.ArenaStatus(
