@@ -80,6 +80,7 @@ HEAVY = {
 PURE = (
     "catalog/detection.py",
     "catalog/families/*.py",
+    "catalog/layouts/*.py",
     "daemon/chronicle.py",
     "daemon/dispatcher.py",
     "daemon/experience.py",
@@ -98,7 +99,6 @@ PURE = (
     "handoff/records.py",
     "handoff/slots.py",
     "models/*/config.py",
-    "models/*/keys.py",
     "protocol/figures.py",
     "protocol/messages.py",
     "protocol/orders.py",

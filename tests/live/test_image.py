@@ -120,12 +120,12 @@ def test_the_vae_is_a_model_like_any_other(service, models):
         image = client.decode(AE, latent)
         back = client.encode(AE, image)
     plain = AutoencoderKL(**vae_config(vae_facts(**VAE))).eval()
+    from xditd.catalog.layouts.autoencoder_kl import pieces
     from xditd.models.reading import WeightFile, fill
-    from xditd.models.vae import keys
 
     fill(
         plain,
-        keys.pieces(vae_facts(**VAE)),
+        pieces(vae_facts(**VAE)),
         WeightFile(models / "vae" / "ae.safetensors"),
         torch.device("cpu"),
         torch.float32,

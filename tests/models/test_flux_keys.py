@@ -7,8 +7,8 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 from xditd.catalog.families import flux
+from xditd.catalog.layouts.flux import pieces
 from xditd.models.flux.config import config, rope
-from xditd.models.flux.keys import pieces
 from xditd.models.making import flux_facts
 
 

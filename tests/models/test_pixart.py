@@ -9,10 +9,10 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from tests.catalog.test_transformers import ALPHA, SIGMA
 from tests.rank.families import CASES, normal
 from xditd.catalog.families import pixart
+from xditd.catalog.layouts.pixart import pieces
 from xditd.models.families import load
 from xditd.models.making_transformers import make_pixart, pixart_facts
 from xditd.models.pixart.config import config, scales
-from xditd.models.pixart.keys import pieces
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from tests.catalog.test_transformers import SD3, SD35_LARGE, SD35_MEDIUM
 from xditd.catalog.families import sd3
+from xditd.catalog.layouts.sd3 import pieces
 from xditd.models.families import load
 from xditd.models.making_transformers import make_sd3, sd3_facts
 from xditd.models.sd3.config import config
-from xditd.models.sd3.keys import pieces
 
 SMALL = sd3_facts(context_width=64, pooled_width=32)
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tests.catalog.test_transformers import SDXL
 from tests.rank.families import normal
 from xditd.catalog.families import sdxl
+from xditd.catalog.layouts.sdxl import pieces
 from xditd.models.families import load
 from xditd.models.making import make_flux
 from xditd.models.making_transformers import make_sdxl, sdxl_facts
 from xditd.models.sdxl.config import config
-from xditd.models.sdxl.keys import pieces
 from xditd.rank import attention
 
 SMALL = sdxl_facts(context_width=64)

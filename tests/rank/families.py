@@ -79,10 +79,10 @@ def _sd3(**kind: Any) -> Case:
     def reference(path: Path) -> Predict:
         from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
-        from xditd.models.sd3 import keys
+        from xditd.catalog.layouts.sd3 import pieces
         from xditd.models.sd3.config import config
 
-        module = module_of(SD3Transformer2DModel, config(facts), keys.pieces(facts), path)
+        module = module_of(SD3Transformer2DModel, config(facts), pieces(facts), path)
 
         @torch.no_grad()
         def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -116,10 +116,10 @@ def _pixart(**kind: Any) -> Case:
     def reference(path: Path) -> Predict:
         from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
-        from xditd.models.pixart import keys
+        from xditd.catalog.layouts.pixart import pieces
         from xditd.models.pixart.config import config
 
-        module = module_of(PixArtTransformer2DModel, config(facts), keys.pieces(facts), path)
+        module = module_of(PixArtTransformer2DModel, config(facts), pieces(facts), path)
 
         @torch.no_grad()
         def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -158,10 +158,10 @@ def _sdxl() -> Case:
     def reference(path: Path) -> Predict:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-        from xditd.models.sdxl import keys
+        from xditd.catalog.layouts.sdxl import pieces
         from xditd.models.sdxl.config import config
 
-        module = module_of(UNet2DConditionModel, config(facts), keys.pieces(facts), path)
+        module = module_of(UNet2DConditionModel, config(facts), pieces(facts), path)
 
         @torch.no_grad()
         def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:

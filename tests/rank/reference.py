@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-from xditd.models.flux import keys
+from xditd.catalog.layouts.flux import pieces
 from xditd.models.flux.config import config
 from xditd.models.reading import WeightFile, fill
 
@@ -23,7 +23,7 @@ class Reference:
     def __init__(self, path: str | os.PathLike[str], facts: Mapping[str, int]) -> None:
         with torch.device("meta"):
             self.module = FluxTransformer2DModel(**config(facts))
-        fill(self.module, keys.pieces(facts), WeightFile(path), CPU, torch.float32)
+        fill(self.module, pieces(facts), WeightFile(path), CPU, torch.float32)
 
     @torch.no_grad()
     def predict(

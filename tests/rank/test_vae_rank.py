@@ -9,9 +9,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from tests.rank.ranks import Ranks, framed, running
+from xditd.catalog.layouts.autoencoder_kl import pieces
 from xditd.models.making import make_vae, vae_facts
 from xditd.models.reading import WeightFile, fill
-from xditd.models.vae import keys
 from xditd.models.vae.config import config
 from xditd.protocol import orders
 
@@ -28,7 +28,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 def plain(ranks: Ranks) -> AutoencoderKL:
     facts = vae_facts()
     module = AutoencoderKL(**config(facts))
-    fill(module, keys.pieces(facts), WeightFile(ranks.specs[0].path), torch.device("cpu"), torch.float32)
+    fill(module, pieces(facts), WeightFile(ranks.specs[0].path), torch.device("cpu"), torch.float32)
     return module
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from xditd.catalog.header import Header, read_header
+from xditd.catalog.layouts.piece import Piece
 from xditd.protocol.errors import Code, XditError
 
 DTYPES = {
@@ -28,29 +28,6 @@ DTYPES = {
 
 STAGING = 64 << 20
 """Bytes of one pinned buffer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Where a parameter comes from.
-
-    Attributes:
-        key: of the file's tensor.
-        rows: of its first dimension, from and up to; None is all.
-        swapped: the halves of the first dimension change places.
-        squeezed: dimensions after the second are dropped, all of size 1 (a 1×1 convolution is a linear layer).
-    """
-
-    key: str
-    rows: tuple[int, int] | None = None
-    swapped: bool = False
-    squeezed: bool = False
-
-    def shape(self, of: tuple[int, ...]) -> tuple[int, ...]:
-        """The parameter's shape, where the file's tensor has shape `of`."""
-        first = of[0] if self.rows is None else max(0, min(self.rows[1], of[0]) - self.rows[0])
-        rest = of[1:2] if self.squeezed and all(size == 1 for size in of[2:]) else of[1:]
-        return (first, *rest)
 
 
 class WeightFile:

@@ -11,7 +11,8 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import nn
 
-from xditd.models.flux import inputs, keys
+from xditd.catalog.layouts.flux import pieces
+from xditd.models.flux import inputs
 from xditd.models.flux.config import config
 from xditd.models.reading import WeightFile, fill
 from xditd.models.tokens import Tokens
@@ -113,7 +114,7 @@ def load(
     """
     with torch.device("meta"):
         backbone = FluxTransformer2DModel(**config(facts))
-    fill(backbone, keys.pieces(facts, prefix), file, device, dtype)
+    fill(backbone, pieces(facts, prefix), file, device, dtype)
     return Flux(backbone, device, dtype)
 
 

@@ -11,8 +11,8 @@ import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
+from xditd.catalog.layouts.pixart import pieces
 from xditd.models.patches import Embed, grid, join, run, split
-from xditd.models.pixart import keys
 from xditd.models.pixart.config import config, scales
 from xditd.models.reading import WeightFile, fill
 from xditd.models.tokens import Tokens
@@ -134,5 +134,5 @@ def load(
     with torch.device("meta"):
         backbone = PixArtTransformer2DModel(**config(facts))
     backbone._repeated_blocks = ["BasicTransformerBlock"]  # for compiling by block; diffusers names none
-    fill(backbone, keys.pieces(facts, prefix), file, device, dtype)
+    fill(backbone, pieces(facts, prefix), file, device, dtype)
     return PixArt(backbone, facts, device, dtype)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
+from xditd.catalog.layouts.sd3 import pieces
 from xditd.models.patches import Embed, grid, join, run, split
 from xditd.models.reading import WeightFile, fill
-from xditd.models.sd3 import keys
 from xditd.models.sd3.config import config
 from xditd.models.tokens import Tokens
 
@@ -112,5 +112,5 @@ def load(
     with torch.device("meta"):
         backbone = SD3Transformer2DModel(**config(facts))
     backbone._repeated_blocks = ["JointTransformerBlock"]  # for compiling by block; diffusers names none
-    fill(backbone, keys.pieces(facts, prefix), file, device, dtype)
+    fill(backbone, pieces(facts, prefix), file, device, dtype)
     return SD3(backbone, device, dtype)

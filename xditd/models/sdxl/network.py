@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from xditd.catalog.layouts.sdxl import pieces
 from xditd.models.reading import WeightFile, fill
-from xditd.models.sdxl import keys
 from xditd.models.sdxl.config import config
 from xditd.models.tokens import Tokens
 
@@ -88,5 +88,5 @@ def load(
     """
     with torch.device("meta"):
         backbone = UNet2DConditionModel(**config(facts))
-    fill(backbone, keys.pieces(facts, prefix), file, device, dtype)
+    fill(backbone, pieces(facts, prefix), file, device, dtype)
     return SDXL(backbone, device, dtype)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from xditd.catalog.layouts.autoencoder_kl import pieces
 from xditd.models.reading import WeightFile, fill
-from xditd.models.vae import keys
 from xditd.models.vae.config import config
 
 
@@ -50,5 +50,5 @@ def load(
     """
     with torch.device("meta"):
         backbone = AutoencoderKL(**config(facts))
-    fill(backbone, keys.pieces(facts, prefix), file, device, dtype)
+    fill(backbone, pieces(facts, prefix), file, device, dtype)
     return Autoencoder(backbone, device, dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xditd.models.reading import Piece
+from xditd.catalog.layouts.piece import Piece
 
 WHOLE = {
     "pos_embed.proj": "x_embedder.proj",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xditd.models.reading import Piece
+from xditd.catalog.layouts.piece import Piece
 
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 """Of the attention in the middle; all but the norm are 1×1 convolutions in the files and linear layers here."""

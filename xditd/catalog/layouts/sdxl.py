@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xditd.catalog.families.sdxl import RES_BLOCKS, parameters
-from xditd.models.reading import Piece
+from xditd.catalog.layouts.piece import Piece
 
 WHOLE = {
     "time_embed.0": "time_embedding.linear_1",
