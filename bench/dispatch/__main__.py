@@ -122,21 +122,14 @@ def time_table(seen: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     rows += [_row(name, values) for name, values in seen["times"].items() if values]
-    callbacks = seen["callbacks"]
-    spawned = [bool(number) for number in callbacks["spawned"]]
-    rows.append(
-        _row(
-            "a callback of the event loop",
-            [v for v, s in zip(callbacks["cpu"], spawned, strict=True) if not s],
-        )
-    )
-    rows.append(
-        _row(
-            "the same on the wall, with whoever had the core meanwhile",
-            [v for v, s in zip(callbacks["wall"], spawned, strict=True) if not s],
-        )
-    )
-    rows.append(_row("a callback that starts ranks", list(compress(callbacks["cpu"], spawned))))
+    # The first callback is the daemon's start, before anybody can ask it for anything.
+    callbacks = {name: values[1:] for name, values in seen["callbacks"].items()}
+    starts = [bool(number) for number in callbacks["spawned"]]
+    serves = [not start for start in starts]
+    rows.append(_row("a callback of the event loop", list(compress(callbacks["cpu"], serves))))
+    on_the_wall = list(compress(callbacks["wall"], serves))
+    rows.append(_row("the same on the wall, with whoever had the core meanwhile", on_the_wall))
+    rows.append(_row("a callback that starts ranks", list(compress(callbacks["cpu"], starts))))
     return rows
 
 

@@ -27,13 +27,14 @@ from xditd.daemon.turns import Turns
 VARIABLE = "XDITD_BENCH_WATCH"
 
 DECISIONS = {
-    "place: which run, which group": (Dispatcher, "_place"),
+    "place: which run, which group": (Placing, "next"),
     "choose: which replica": (Placing, "_choose"),
     "turn: whose is next": (Turns, "next"),
 }
-"""What is decided. `_place` also tells the client and the ranks of every run that it binds."""
+"""What is decided; the second is a part of the first, where several replicas have room."""
 
 CALLS = {
+    "bind: the client and the ranks of a run are told of its place": (Dispatcher, "_bind"),
     "open_run, with all that follows": (Dispatcher, "open"),
     "denoise or sample, with all that follows": (Dispatcher, "ask"),
     "turn done, with all that follows": (Dispatcher, "turn_done"),

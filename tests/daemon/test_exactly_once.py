@@ -182,7 +182,7 @@ class Daemon(RuleBasedStateMachine):
     @invariant()
     def no_device_stands_idle_while_a_run_could_have_it(self):
         core = self.world.core
-        waiting = core.turns.waiting.values()
+        waiting = [queue for queue in core.turns.queues.values() if queue.waiting]
         assert all(not one.devices.isdisjoint(core.turns.busy) for one in waiting) or core.turns.busy
 
     @invariant()
@@ -205,7 +205,7 @@ class Daemon(RuleBasedStateMachine):
         assert world.core.runs == {}
         assert all(group.state == "gone" for group in world.core.fleet.groups.values())
         assert world.core.turns.busy == set()
-        assert not world.core.turns.waiting
+        assert not any(queue.waiting or queue.under_way for queue in world.core.turns.queues.values())
         for request in self.requests:
             world.end_of(request)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from itertools import count
 
-from tests.daemon.world import DEADLINES, VAE, World
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.daemon.world import DEADLINES, REF, VAE, World
 from xditd.daemon import states
 from xditd.daemon.runs import Run
 from xditd.protocol import messages as m
@@ -46,7 +50,7 @@ def test_a_client_that_has_a_place_comes_after_those_that_have_none():
     world.open_ready(peer=b"a")
     world.open(peer=b"b")
     opened(world, "abc")
-    assert [run.peer for run in world.core.placing.line(world.core.runs, world.now)] == [
+    assert [run.peer for run in world.core.runs.line.in_order(world.now)] == [
         b"c",
         b"a",
         b"b",
@@ -66,7 +70,46 @@ def test_who_waits_for_minutes_comes_before_a_stream_of_urgent_runs():
     (patient,) = opened(world, "a", priority=-2)
     world.now += 5 * 60
     opened(world, "b", priority=2)
-    assert world.core.placing.line(world.core.runs, world.now)[0] is patient
+    assert world.core.runs.line.in_order(world.now)[0] is patient
+
+
+@given(
+    runs=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(-2, 2), st.floats(0, 200)), max_size=30),
+    given=st.dictionaries(st.sampled_from("abcd"), st.integers(0, 5)),
+    gone=st.sets(st.integers(0, 29), max_size=8),
+)
+def test_who_is_let_in_one_by_one_is_let_in_in_the_order_that_clients_were_told(runs, given, gone):
+    """The line that is told looks at all who wait; the one that gives places away looks at changes alone."""
+    world = World(places=0)
+    (key,) = world.what(REF)[1]
+    for client, places in given.items():
+        world.open(peer=client.encode())
+        for _ in range(places):
+            world.core.runs.line.given(client.encode())
+    begin, numbers = world.now, count()
+    for client, priority, later in sorted(runs, key=lambda run: run[2]):
+        world.now = begin + later
+        run = world.open(peer=client.encode(), priority=priority)
+        world.core.runs.line.first({key}, world.now)  # it has been looked at as it was before
+        if next(numbers) in gone:
+            world.core.stop(run, "gone", world.now)
+    world.now += 100
+    line = world.core.runs.line
+    told = line.in_order(world.now)
+    let_in = []
+    while (run := line.first({key}, world.now)) is not None:
+        line.drop(run)
+        line.given(run.peer)
+        let_in.append(run)
+    assert let_in == told
+
+
+def test_runs_for_a_full_model_do_not_stand_in_the_way_of_those_for_another():
+    world, _ = busy_world(devices=("cpu:0", "cpu:1"))
+    opened(world, "ab")
+    other = world.open(peer=b"c", ref=VAE)
+    world.ready(world.started[-1])
+    assert other.state == "bound"
 
 
 def test_the_client_hears_its_position_and_again_when_it_changes():
@@ -237,7 +280,7 @@ def test_nothing_of_a_client_or_a_group_is_left_in_the_books():
     world.denoise(run)
     world.finish_turn(group)
     world.core.client_gone(b"a", (), world.now)
-    assert world.core.turns._had == {group.name: {}}
+    assert world.core.turns.queues[group.name].had == {}
     world.core.unload([group], False, world.now)
     world.leave(group)
-    assert world.core.turns._had == {}
+    assert world.core.turns.queues == {}

@@ -107,7 +107,6 @@ class Dispatcher:
             touched=now,
         )
         self.runs.add(run)
-        self.placing.joined(run, self.runs)
         self.settle(now)
         if run.state == "queued":
             self._tell([run], now)
@@ -303,15 +302,15 @@ class Dispatcher:
 
     def positions(self, now: float) -> dict[int, int]:
         """How many runs are before each that waits, for a place or for a turn."""
-        queue = self.placing.line(self.runs, now)
+        queue = self.runs.line.in_order(now)
         return self.turns.positions() | {run.id: before for before, run in enumerate(queue)}
 
     def _place(self, now: float) -> None:
         """Binds queued runs for which a group is ready that has a place."""
         groups = self.fleet.groups.values()
         serving = [group for group in groups if group.state == "ready" and group.name not in self.fleet.held]
-        for run, group in self.placing.next(self.runs, serving, now):
-            self._bind(run, group, now)
+        while (found := self.placing.next(self.runs, serving, now)) is not None:
+            self._bind(*found, now)
 
     def _bind(self, run: Run, group: Group, now: float) -> None:
         self.runs.place(run, group)
@@ -368,8 +367,6 @@ class Dispatcher:
             self.ranks.order(group, o.ForgetRun(run=run.id))
             self.placing.experience.run(group.key, now - run.placed)
             group.used = now
-        if not self.runs.of(run.peer):
-            self.placing.left(run.peer)
         self._changed = True
         self.ended(run)
 
@@ -387,6 +384,6 @@ class Dispatcher:
 
     def _tell(self, runs: Sequence[Run], now: float) -> None:
         if runs:
-            queue = self.placing.line(self.runs, now)
+            queue = self.runs.line.in_order(now)
             for run, event in self.placing.news(runs, queue, self.fleet.groups.values(), now):
                 self.clients.answer(run.peer, event)

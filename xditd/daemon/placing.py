@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from xditd.daemon import line
 from xditd.daemon.experience import Experience
 from xditd.daemon.groups import Group
 from xditd.daemon.roster import Roster
@@ -30,38 +29,21 @@ class Placing:
         self.weights = weights
         self.experience = Experience()
         self._rotas: dict[tuple[Key, ...], Rota] = {}
-        self._had: dict[bytes, int] = {}  # places by client, of those that have runs
 
-    def joined(self, run: Run, roster: Roster) -> None:
-        """A run is new. A client that is new begins where the others were before the places that they hold now."""
-        if run.peer not in self._had:
-            held = Counter(other.peer for _, runs in roster.held() for other in runs)
-            self._had[run.peer] = min((had - held[peer] for peer, had in self._had.items()), default=0)
-
-    def left(self, client: bytes) -> None:
-        """The client has no run any more."""
-        self._had.pop(client, None)
-
-    def line(self, roster: Roster, now: float) -> list[Run]:
-        """The runs that wait for a place, in the order in which they get one."""
-        return line.in_order(roster.queued, self._had, now)
-
-    def next(self, roster: Roster, groups: Collection[Group], now: float) -> Iterator[tuple[Run, Group]]:
-        """Every run that gets a place now, and where; each is to be bound before the next is asked for.
+    def next(self, roster: Roster, groups: Collection[Group], now: float) -> tuple[Run, Group] | None:
+        """The next run that gets a place, and where; None while there is none. It is bound before another is asked for.
 
         Args:
             groups: that are ready and take runs.
         """
+        if not roster.queued:
+            return None
         free = {group.key: group for group in groups if roster.count_on(group) < self.places}
-        queue = self.line(roster, now) if free and roster.queued else ()
-        for run in queue:
-            fitting = [free[key] for key in run.keys if key in free]
-            if fitting:
-                group = fitting[0] if len(fitting) == 1 else self._choose(run, fitting, roster, groups)
-                yield run, group
-                self._had[run.peer] += 1
-                if roster.count_on(group) >= self.places:
-                    del free[group.key]
+        run = roster.line.first(free, now) if free else None
+        if run is None:
+            return None
+        fitting = [free[key] for key in run.keys if key in free]
+        return run, fitting[0] if len(fitting) == 1 else self._choose(run, fitting, roster, groups)
 
     def news(
         self, runs: Sequence[Run], line: Sequence[Run], groups: Collection[Group], now: float

@@ -5,21 +5,23 @@ Who waits and who has a place is changed here and nowhere else, so that nobody h
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
 from xditd.daemon.groups import Group
+from xditd.daemon.line import Line
 from xditd.daemon.runs import Key, Run
 
 Name = TypeVar("Name")
 
 
 class Roster(Mapping[int, Run]):
-    """Runs by number, in the order in which they were opened."""
+    """Runs by number, in the order in which they were opened; those that wait for a place are in the `line`."""
 
     def __init__(self) -> None:
         self._runs: dict[int, Run] = {}
-        self._queued: dict[int, Run] = {}
+        self.line = Line()
         self._on: dict[str, dict[int, Run]] = {}  # by group
         self._of: dict[bytes, dict[int, Run]] = {}  # by client
 
@@ -34,8 +36,8 @@ class Roster(Mapping[int, Run]):
 
     @property
     def queued(self) -> Collection[Run]:
-        """Those that wait for a place; who waited before its group died is behind who came meanwhile."""
-        return self._queued.values()
+        """Those that wait for a place, in no order: `line` has one."""
+        return self.line.runs.values()
 
     def on(self, group: Group) -> list[Run]:
         """Those that have a place on the group."""
@@ -57,20 +59,24 @@ class Roster(Mapping[int, Run]):
 
     def waiting_for(self, key: Key) -> list[Run]:
         """Those that wait for a place and would take it on a group with this key."""
-        return [run for run in self._queued.values() if key in run.keys]
+        return [run for run in self.queued if key in run.keys]
 
     # ------------------------------------------------------------------------------------------- changes
 
     def add(self, run: Run) -> None:
         """A run is new, and waits."""
-        self._runs[run.id] = self._queued[run.id] = run
+        self._runs[run.id] = run
+        if run.peer not in self._of:
+            self.line.joined(run.peer, Counter(other.peer for _, runs in self.held() for other in runs))
         self._of.setdefault(run.peer, {})[run.id] = run
+        self.line.add(run)
 
     def place(self, run: Run, group: Group) -> None:
         """A run that waits has a place on the group."""
         run.go("bind")
         run.group = group.name
-        del self._queued[run.id]
+        self.line.drop(run)
+        self.line.given(run.peer)
         self._on.setdefault(group.name, {})[run.id] = run
 
     def take_back(self, run: Run) -> None:
@@ -78,15 +84,17 @@ class Roster(Mapping[int, Run]):
         run.go("unbind")
         self._leave_group(run)
         run.group = ""
-        self._queued[run.id] = run
+        self.line.add(run)
 
     def end(self, run: Run) -> None:
         """A run is over. It keeps the name of its group, for those who tell of its end."""
         run.go("end")
         del self._runs[run.id]
-        self._queued.pop(run.id, None)
+        self.line.drop(run)
         self._leave_group(run)
         _drop(self._of, run.peer, run)
+        if run.peer not in self._of:
+            self.line.left(run.peer)
 
     def _leave_group(self, run: Run) -> None:
         if run.group:

@@ -10,9 +10,9 @@ as long as it takes none of the devices that the earlier one waits for: so nothi
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain, count
 
 from xditd.daemon.groups import Group
 
@@ -27,63 +27,117 @@ class Waiting:
     run: int
     client: bytes
     group: str
-    devices: frozenset[str]
     priority: int
     number: int  # in the order of asking
+
+
+@dataclass(slots=True)
+class Queue:
+    """Who waits for a turn of one group, who is in one, and what its clients have had of it.
+
+    Who is first is found out once for every change, among the runs of this group alone: there is a turn of some group
+    every few milliseconds, and hundreds of runs on others.
+    """
+
+    devices: frozenset[str]
+    waiting: dict[int, Waiting] = field(default_factory=dict)  # by run
+    under_way: Waiting | None = None
+    had: dict[bytes, float] = field(default_factory=dict)  # seconds by client
+    _first: Waiting | None = None
+
+    def add(self, one: Waiting) -> None:
+        """A client that comes, or comes back, begins where those are who stayed."""
+        there = self.waiting.values() if self.under_way is None else (*self.waiting.values(), self.under_way)
+        least = min((self.had[o.client] for o in there if o.client in self.had), default=0.0)
+        self.had[one.client] = max(self.had.get(one.client, 0.0), least)
+        self.waiting[one.run] = one
+        self._first = None
+
+    def take(self, run: int) -> Waiting | None:
+        self._first = None
+        return self.waiting.pop(run, None)
+
+    def begin(self, run: int) -> None:
+        self._first = None
+        self.under_way = self.waiting.pop(run)
+
+    def over(self, seconds: float) -> Waiting:
+        """The turn has ended; it took so long."""
+        one = self.under_way
+        assert one is not None
+        self.under_way = self._first = None
+        if one.client in self.had:
+            self.had[one.client] += max(seconds, LEAST) / 2.0**one.priority
+        return one
+
+    def forget(self, client: bytes) -> None:
+        self._first = None
+        self.had.pop(client, None)
+
+    def first(self) -> Waiting | None:
+        """Whose turn it is, when the devices are free."""
+        if self._first is None and self.waiting:
+            self._first = min(self.waiting.values(), key=self._order)
+        return self._first
+
+    def in_order(self) -> list[Waiting]:
+        return sorted(self.waiting.values(), key=self._order)
+
+    def _order(self, one: Waiting) -> tuple[float, int, int]:
+        return self.had.get(one.client, 0.0), -one.priority, one.number
 
 
 class Turns:
     """The runs that wait for a turn, the devices that turns are on, and the turns under way by their number."""
 
     def __init__(self) -> None:
-        self.waiting: dict[int, Waiting] = {}  # by run
+        self.queues: dict[str, Queue] = {}  # by group
         self.busy: set[str] = set()
         self.under_way: dict[int, Waiting] = {}  # by the number of the turn
-        self._had: dict[str, dict[bytes, float]] = {}  # group → client → seconds that it has had
+        self._on: dict[int, str] = {}  # run that waits → group
         self._asked = count(1)
         self._next = count(1)
 
     def ask(self, run: int, client: bytes, group: Group, priority: int = 0) -> None:
         """The run waits for its next turn on the group."""
-        had = self._had.setdefault(group.name, {})
-        others = [*self.waiting.values(), *self.under_way.values()]
-        least = min((had[o.client] for o in others if o.group == group.name and o.client in had), default=0.0)
-        had[client] = max(had.get(client, 0.0), least)
-        self.waiting[run] = Waiting(
-            run, client, group.name, frozenset(group.devices), priority, next(self._asked)
-        )
+        queue = self.queues.get(group.name)
+        if queue is None:
+            queue = self.queues[group.name] = Queue(frozenset(group.devices))
+        queue.add(Waiting(run, client, group.name, priority, next(self._asked)))
+        self._on[run] = group.name
 
     def forget(self, run: int) -> None:
         """The run waits no longer."""
-        self.waiting.pop(run, None)
+        group = self._on.pop(run, None)
+        if group is not None:
+            self.queues[group].take(run)
 
     def forget_client(self, client: bytes) -> None:
         """A client is gone; a turn of it may still be under way."""
-        for had in self._had.values():
-            had.pop(client, None)
+        for queue in self.queues.values():
+            queue.forget(client)
 
     def forget_group(self, group: str) -> None:
         """The group is gone, and with it what its clients have had of it."""
-        self._had.pop(group, None)
+        self.queues.pop(group, None)
 
     def next(self) -> int | None:
         """The run whose turn it is; None while there is none."""
-        first: dict[str, Waiting] = {}
-        for one in self.waiting.values():
-            other = first.get(one.group)
-            if other is None or self._order(one) < self._order(other):
-                first[one.group] = one
-        spoken_for = set(self.busy)
-        for one in sorted(first.values(), key=lambda one: one.number):
-            if one.devices.isdisjoint(spoken_for):
+        firsts = [(one, queue) for queue in self.queues.values() if (one := queue.first()) is not None]
+        firsts.sort(key=lambda pair: pair[0].number)
+        spoken_for: Iterable[str] = self.busy
+        for one, queue in firsts:
+            if queue.devices.isdisjoint(spoken_for):
                 return one.run
-            spoken_for |= one.devices
+            spoken_for = queue.devices.union(spoken_for)
         return None
 
     def begin(self, run: int, group: Group, now: float) -> int:
         """The run's turn begins on the group: its devices are busy. Returns the turn's number."""
         number = next(self._next)
-        self.under_way[number] = self.waiting.pop(run)
+        queue = self.queues[self._on.pop(run)]
+        self.under_way[number] = queue.waiting[run]
+        queue.begin(run)
         self.busy.update(group.devices)
         group.turn, group.turn_since, group.used = number, now, now
         return number
@@ -98,11 +152,8 @@ class Turns:
             return None
         group.turn, group.used = None, now
         self.busy.difference_update(group.devices)
-        one = self.under_way.pop(number)
-        had = self._had.get(group.name, {})
-        if one.client in had:
-            had[one.client] += max(now - group.turn_since, LEAST) / 2.0**one.priority
-        return one.run
+        del self.under_way[number]
+        return self.queues[group.name].over(now - group.turn_since).run
 
     def has(self, run: int) -> bool:
         """Whether the run is in a turn now."""
@@ -110,12 +161,5 @@ class Turns:
 
     def positions(self) -> dict[int, int]:
         """By run that waits: how many get a turn on its group before it, as things are."""
-        ahead: Counter[str] = Counter()
-        positions: dict[int, int] = {}
-        for one in sorted(self.waiting.values(), key=self._order):
-            positions[one.run] = ahead[one.group]
-            ahead[one.group] += 1
-        return positions
-
-    def _order(self, one: Waiting) -> tuple[float, int, int]:
-        return self._had[one.group].get(one.client, 0.0), -one.priority, one.number
+        lines = (enumerate(queue.in_order()) for queue in self.queues.values())
+        return {one.run: before for before, one in chain.from_iterable(lines)}
