@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.daemon.world import REF, World
+from tests.daemon.world import REF, VAE, World
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import XditError
@@ -166,3 +166,19 @@ def test_the_same_model_under_another_plan_is_another_group():
     assert world.open().state == "queued"
     assert world.started[-1].devices == FOUR
     assert world.started[-1].ref == REF
+
+
+def test_a_further_replica_is_not_given_up_when_it_has_become_the_only_hope():
+    """It stood in line behind another model; meanwhile the replica that was sure to come has failed."""
+    world = World(memory_total=4)
+    other = world.open_ready(ref=VAE, devices=("cpu:0",))
+    run = world.open(replicas=2)
+    first, further = (group for group in world.core.fleet.groups.values() if group.key in run.keys)
+    assert further.spare
+    world.core.fleet.fail(first, "out_of_memory", "Another program holds the rest", world.now)
+    assert run.state == "queued"
+    world.core.stop(other, "done", world.now)
+    world.leave(world.started[0])
+    assert world.started[-1] is further
+    world.ready(further)
+    assert run.group == further.name

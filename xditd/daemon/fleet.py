@@ -176,7 +176,7 @@ class Fleet:
                     group.started = now
                     self.ranks.start(group)
                     continue
-                if group.spare:
+                if group.spare and not self.listener.depends(group):
                     del self.groups[group.name]
                     continue
                 if verdict.never:
