@@ -53,6 +53,7 @@ class FakeDaemon:
         hold: kinds of requests, by tag, that are kept until `let_go`. With "progress", a sample waits after each step;
             without, its steps take no time, and a preview may be written over before anybody has heard of it.
         lanes: clients that share memory get a lane.
+        goodbyes: clients may say goodbye; without, it is a daemon of before there was one.
         seen: every request that came, in order.
     """
 
@@ -63,6 +64,7 @@ class FakeDaemon:
         self.epoch = os.urandom(4).hex()
         self.version = version
         self.lanes = False
+        self.goodbyes = True
         self.hold: set[str] = set()
         self.seen: list[Any] = []
         self.gone: list[str] = []
@@ -277,6 +279,9 @@ class FakeDaemon:
             ), out
         if isinstance(message, m.Cancel):
             return m.Cancelled(re=message.id, run=message.run), out
+        if isinstance(message, m.Goodbye):
+            del self._peers[peer]
+            return m.Farewell(re=message.id), out
         if isinstance(message, m.Close):
             return m.Closed(re=message.id, run=message.run), out
         assert isinstance(message, m.Drain)
@@ -305,7 +310,7 @@ class FakeDaemon:
         self._send(peer, m.Sampled(re=message.id, latent=latent, steps=total, seconds=0.0), tuple(out))
 
     def _welcome(self, message: m.Hello) -> m.Welcome:
-        capabilities = ("flux", "lane") if self.lanes else ("flux",)
+        capabilities = ("flux", *(("lane",) if self.lanes else ()), *(("goodbye",) if self.goodbyes else ()))
         return m.Welcome(
             re=message.id,
             version=1,

@@ -141,6 +141,33 @@ def test_a_run_of_a_forgotten_client_is_lost_and_not_asked_twice(daemon: FakeDae
         again.denoise([(x(), 0.0, "c")])
 
 
+def test_a_client_without_shared_memory_says_goodbye_before_it_closes(tmp_path: Path) -> None:
+    with FakeDaemon(str(tmp_path / "d")) as daemon:
+        client = Client(daemon.endpoint, shared_memory=False)
+        run = client.open_run(MODEL)
+        client.close()
+        client.close()
+        assert len(daemon.wait_for("goodbye")) == 1
+        with pytest.raises(XditError, match="run_lost"):
+            run.denoise([(x(), 0.0, "c")])
+
+
+def test_nobody_says_goodbye_to_a_daemon_of_before_there_was_one_nor_where_the_lease_does(
+    tmp_path: Path,
+) -> None:
+    with FakeDaemon(str(tmp_path / "d")) as daemon:
+        with Client(daemon.endpoint) as client:
+            client.status()
+        daemon.wait_gone(1)
+        daemon.goodbyes = False
+        with Client(daemon.endpoint, shared_memory=False) as client:
+            client.status()
+        with Client(daemon.endpoint, shared_memory=False) as client:
+            client.status()
+        assert len(daemon.wait_for("status", 3)) == 3
+        assert not daemon._of("goodbye")
+
+
 def test_over_tcp_everything_works_but_shared_memory(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -94,6 +94,23 @@ def test_a_killed_rank_is_a_failure_with_its_reason_and_the_next_generation(serv
     assert "SIGKILL" in failed.message
 
 
+def test_who_says_goodbye_is_no_client_any_more_and_its_runs_end(service, watcher):
+    """Without shared memory there is no end of file: before there was a goodbye, each `xditctl` was a client for minutes."""
+    with service.client(name="looker") as looker:
+        with service.client(name="a program", shared_memory=False) as client:
+            run = client.open_run("echo/echo", ONE)
+            run.put_conditioning("c", {"context": X})
+            assert looker.status().clients == 3
+        command = [sys.executable, "-m", "xditd.cli.xditctl", "status", "--endpoint", service.endpoint]
+        for _ in range(2):
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+        watcher.wait("client_gone", times=3)
+        assert looker.status().clients == 2, "the looker and the watcher"
+        assert looker.status().runs == ()
+        (ended,) = watcher.of("run_ended")
+        assert (ended.run, ended.code) == (run.id, "run_cancelled")
+
+
 def test_draining_is_told_and_a_daemon_that_stops_ends_the_watch(service, watcher):
     with service.client() as client:
         client.drain()

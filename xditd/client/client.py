@@ -316,6 +316,7 @@ class Client:
                 return
             self._closed = True
             if self._connection is not None:
+                self._connection.say_goodbye()
                 self._connection.close(anew(_CLOSED))
         self._context.term()
 

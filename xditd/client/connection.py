@@ -10,6 +10,7 @@ It knows no runs and no tensors.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -222,6 +223,12 @@ class Connection:
             self._channel.look()
             self._receive(request)
             return len(request.events)
+
+    def say_goodbye(self) -> None:
+        """Tells the daemon that this connection is about to end, where the end of a lease does not; waits for nothing."""
+        if self.arena is None and "goodbye" in self.welcome.capabilities:
+            with contextlib.suppress(XditError):  # it takes no more messages, and will notice by itself
+                self.tell(m.Goodbye, {})
 
     def close(self, reason: XditError) -> None:
         """Ends the connection; whoever waits gets the reason."""

@@ -1,7 +1,7 @@
 """The door for clients: bytes in, requests out; replies in, bytes out; and who is connected.
 
 A message is decoded or refused; Hello makes a session; everything else goes to `requests`. A client's end is the
-end of file of its lease; one without shared memory is forgotten when it holds nothing and is quiet.
+end of file of its lease; one without shared memory says goodbye, or is forgotten when it holds nothing and is quiet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger("xditd.clients")
 
 CAPABILITIES = (
     "flux", "sd3", "pixart", "sdxl", "autoencoder_kl", "clip", "t5", "ulysses", "ring", "cfg", "sample", "encode_text", "frames",
-    "shared_memory", "lane", "watch", "replicas", "free_memory",
+    "shared_memory", "lane", "watch", "replicas", "free_memory", "goodbye",
 )  # fmt: skip
 """What a client may count on, beyond the protocol's version."""
 
@@ -129,7 +129,10 @@ class Clients:
             asyncio.get_running_loop().call_soon(self._disconnect, session, why)
 
     def forget_quiet(self, holding: set[bytes], now: float) -> None:
-        """Forgets clients without a lease that hold no run and have been quiet: they leave no end of file."""
+        """Forgets clients without a lease that hold no run and have been quiet: they leave no end of file.
+
+        One that was killed could say no goodbye, and an older one does not know how.
+        """
         limit = self.config.deadlines.run_idle
         for session in list(self.sessions.values()):
             if session.arena is None and session.peer not in holding and now - session.heard > limit:
@@ -163,7 +166,11 @@ class Clients:
                 session.check(message, [frame.buffer.nbytes for frame in frames])
                 if self.metrics is not None:
                     self.metrics.asked(message)
-                self.handle(session, message, frames)
+                if isinstance(message, m.Goodbye):
+                    self.answer(peer, m.Farewell(re=message.id))
+                    self._disconnect(session, "said goodbye")
+                else:
+                    self.handle(session, message, frames)
             else:
                 log.warning(
                     "Request %d came twice and is ignored.", message.id, extra={"client": session.name}

@@ -238,6 +238,12 @@ class Drain(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="drain", 
     stop: bool = False
 
 
+class Goodbye(Struct, frozen=True, kw_only=True, tag="goodbye", tag_field="type"):
+    """The last message of a connection: its runs end, and the daemon forgets it."""
+
+    id: Id
+
+
 Request = Union[
     Hello,
     Status,
@@ -256,6 +262,7 @@ Request = Union[
     Close,
     Drain,
     Watch,
+    Goodbye,
 ]
 REQUESTS = tags(Request)
 
@@ -386,6 +393,10 @@ class Drained(Struct, frozen=True, kw_only=True, tag="drained", tag_field="type"
     re: Id
 
 
+class Farewell(Struct, frozen=True, kw_only=True, tag="farewell", tag_field="type"):
+    re: Id
+
+
 class Failed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="failed", tag_field="type"):
     re: Id | None  # None where the request's id could not be read
     code: str
@@ -452,6 +463,7 @@ Reply = Union[
     Closed,
     Drained,
     Watched,
+    Farewell,
     Failed,
     Queued,
     Progress,
