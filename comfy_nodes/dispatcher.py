@@ -76,7 +76,7 @@ def refuse_unbuilt(*, strategy: str, scheduling: str, allow_approximate: bool, f
         if chosen not in choices:
             raise XditError(Code.BAD_VALUE, f"There is no {chosen!r}; choose {', '.join(choices)}.")
     unbuilt: Sequence[tuple[bool, str, str]] = (
-        (strategy in ("PipeFusion", "Tensor"), f"the strategy {strategy}", "auto, Hybrid, USP or CFG"),
+        (strategy == "PipeFusion", f"the strategy {strategy}", "auto, Hybrid, USP, CFG or Tensor"),
         (
             fallback,
             "fallback",

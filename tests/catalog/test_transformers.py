@@ -274,13 +274,15 @@ def test_only_flow_models_are_sampled_in_the_ranks(name: str) -> None:
 def test_a_plan_that_cannot_run_is_refused_with_what_would(name: str) -> None:
     family, described = model(name)
     family.check_plan(described, Plan(devices=("a",)))
-    for degree in ("pipefusion", "tensor"):
-        plan = Plan(devices=("a", "b"), **{degree: 2})
-        refused(Code.NOT_BUILT, f"{degree} 2", family.check_plan, described, plan)
+    pipelined = Plan(devices=("a", "b"), pipefusion=2)
+    refused(Code.NOT_BUILT, "pipefusion 2", family.check_plan, described, pipelined)
+    shared = Plan(devices=tuple("abcdefgh"), tensor=2, ring=2, cfg=2)
     if family.parallel:
+        family.check_plan(described, shared)
         family.check_plan(described, Plan(devices=tuple("abcdef"), ulysses=2, ring=3))
         refused(Code.BAD_PLAN, "heads", family.check_plan, described, Plan(devices=tuple("abcde"), ulysses=5))
     else:
+        refused(Code.NOT_BUILT, "2 is not built", family.check_plan, described, shared)
         refused(
             Code.NOT_BUILT, "one device", family.check_plan, described, Plan(devices=("a", "b"), ulysses=2)
         )

@@ -127,6 +127,12 @@ def test_load_asks_for_a_strategy_by_its_name_in_any_case(ask):
     assert result.client.asked[1][1][1] == PlanRequest(strategy="CFG", devices=("0", "1"))
 
 
+def test_load_asks_for_a_tensor_degree(ask):
+    result = ask("load diffusion_models/flux.safetensors --strategy Hybrid --tensor 2 --devices 0,1,2,3")
+    wished = PlanRequest(strategy="Hybrid", tensor=2, devices=("0", "1", "2", "3"))
+    assert result.client.asked[1][1][1] == wished
+
+
 def test_load_asks_for_the_plan_and_tells_the_phases(ask):
     result = ask("load diffusion_models/flux.safetensors --ulysses 2 --devices 0,1 --dtype bfloat16")
     assert result.exit_code == 0

@@ -65,7 +65,7 @@ def test_gpu_devices_that_name_none_are_refused(text: str) -> None:
 
 
 def test_what_is_built_passes() -> None:
-    for strategy in ("auto", "Hybrid", "USP", "CFG"):
+    for strategy in ("auto", "Hybrid", "USP", "CFG", "Tensor"):
         refuse_unbuilt(**{**BUILT, "strategy": strategy})
     for scheduling in SCHEDULINGS:
         refuse_unbuilt(**{**BUILT, "scheduling": scheduling})
@@ -75,7 +75,6 @@ def test_what_is_built_passes() -> None:
     "choice",
     [
         {"strategy": "PipeFusion"},
-        {"strategy": "Tensor"},
         {"allow_approximate": True},
         {"fallback": True},
     ],

@@ -92,6 +92,30 @@ def test_a_degree_left_open_is_filled():
 
 
 @pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (m.PlanRequest(strategy="Tensor", devices=("0-3",)), (1, 4, 1, 1)),
+        (m.PlanRequest(strategy="Tensor", cfg=2, devices=("0-3",)), (2, 2, 1, 1)),
+        (m.PlanRequest(strategy="Tensor", tensor=2, devices=("0-3",)), (1, 2, 2, 1)),
+        (m.PlanRequest(strategy="Hybrid", tensor=8, devices=("0-7",)), (1, 8, 1, 1)),
+        (m.PlanRequest(strategy="Tensor", devices=("0",)), (1, 1, 1, 1)),
+    ],
+)
+def test_the_layers_are_shared_where_that_is_asked(request_, expected):
+    made = plan(request_, flux(), GPUS)
+    assert (made.cfg, made.tensor, made.ulysses, made.ring) == expected
+    assert "tensor" not in made.reason
+    assert len(made.devices) == 1 or made.reason
+
+
+def test_ulysses_divides_the_heads_that_tensor_leaves():
+    with pytest.raises(XditError) as refused:
+        plan(m.PlanRequest(tensor=2, ulysses=2, devices=("0-3",)), flux(heads=6), GPUS)
+    assert refused.value.code == "bad_plan"
+    assert "the 3 heads that tensor 2 leaves each rank" in refused.value.message
+
+
+@pytest.mark.parametrize(
     ("request_", "code", "word"),
     [
         (m.PlanRequest(ulysses=3, devices=("0", "1")), "bad_plan", "ulysses 3 makes 3, but 2 devices"),
@@ -102,7 +126,13 @@ def test_a_degree_left_open_is_filled():
         (m.PlanRequest(devices=("1", "cuda:1")), "bad_device", "twice"),
         (m.PlanRequest(strategy="PipeFusion"), "not_built", "USP"),
         (m.PlanRequest(strategy="magic"), "bad_plan", "auto"),
-        (m.PlanRequest(tensor=2, devices=("0", "1")), "not_built", ""),
+        (
+            m.PlanRequest(strategy="Tensor", devices=("0", "1", "2", "3", "4")),
+            "bad_plan",
+            "1, 2, 3, 4, 6, 8, 12, 24",
+        ),
+        (m.PlanRequest(tensor=8, ulysses=2, devices=("0-7",)), "bad_plan", "makes 16"),
+        (m.PlanRequest(tensor=5, devices=("0-4",)), "bad_plan", "tensor 5 does not divide the 24 heads"),
         (m.PlanRequest(strategy="CFG", devices=("0",)), "bad_plan", "cfg 2 makes 2, but 1 device"),
         (m.PlanRequest(strategy="CFG", devices=("0", "1", "2")), "bad_plan", "cfg 2 makes 2, but 3 devices"),
         (m.PlanRequest(ulysses=1, ring=1, devices=("0", "1")), "bad_plan", "leave a degree open"),

@@ -58,8 +58,9 @@ def noise(height: int, width: int) -> torch.Tensor:
         (PlanRequest(ulysses=2), 77, (18, 22)),
         (PlanRequest(ring=2), 15, (21, 13)),
         (PlanRequest(ulysses=2, ring=2), 15, (21, 13)),
+        (PlanRequest(strategy="Tensor", devices=("0", "1")), 15, (21, 13)),
     ],
-    ids=["ulysses2", "ring2", "ulysses2×ring2"],
+    ids=["ulysses2", "ring2", "ulysses2×ring2", "tensor2"],
 )
 def test_several_ranks_give_the_picture_of_one_process(service, reference, plan, text, size, capsys):
     conditioning, start = given(text), noise(*size)

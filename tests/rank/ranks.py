@@ -17,6 +17,8 @@ import torch
 import zmq
 
 from xditd.handoff import passing, segments
+from xditd.models.families import load
+from xditd.models.reading import held
 from xditd.protocol import orders
 from xditd.protocol.codec import decode, encode
 from xditd.protocol.messages import Plan
@@ -175,6 +177,14 @@ def tensor_of(tensor: Tensor, frames: list[bytes]) -> torch.Tensor:
     return torch.frombuffer(bytearray(frames[tensor.frame]), dtype=DTYPES[tensor.dtype]).view(tensor.shape)
 
 
+def check_weights(what: str, family: str, path: Path, ready: list[orders.RankReady], shared: int) -> None:
+    """Where ranks share the weights, each holds at most its part of what one process holds, and a tenth of that part."""
+    alone = load(family, path, "transformer", torch.device("cpu"), torch.float32)
+    share = max(report.weights for report in ready) / held(alone.backbone)
+    print(f"\n  {what}: each rank holds at most {share:.1%} of the weights")
+    assert 1 / shared <= share <= (1.1 / shared if shared > 1 else 1)
+
+
 @contextmanager
 def running(
     folder: Path,
@@ -185,6 +195,7 @@ def running(
     cfg: int = 1,
     ulysses: int = 1,
     ring: int = 1,
+    tensor: int = 1,
     dtype: str = "float32",
     options: Mapping[str, str] | None = None,
     wait: bool = True,
@@ -194,7 +205,7 @@ def running(
     plan: Mapping[str, int] | None = None,
 ) -> Iterator[Ranks]:
     """Ranks of one plan, ready unless `wait` is false."""
-    world = cfg * ulysses * ring
+    world = cfg * ulysses * ring * tensor
     folder.mkdir(parents=True, exist_ok=True)
     devices = tuple(f"{device}:{i}" for i in range(world))
     specs = [
@@ -204,7 +215,7 @@ def running(
             rank=rank,
             world=world,
             device=devices[rank],
-            plan=Plan(devices=devices, cfg=cfg, ulysses=ulysses, ring=ring, **(plan or {})),
+            plan=Plan(devices=devices, cfg=cfg, ulysses=ulysses, ring=ring, tensor=tensor, **(plan or {})),
             endpoint=f"ipc://{folder}/ranks",
             store=f"file://{folder}/store",
             parent=parent or os.getpid(),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rank.ranks import Ranks, framed, running
+from tests.rank.ranks import Ranks, check_weights, framed, running
 from tests.rank.reference import Reference, error, euler
 from xditd.models.making import flux_facts, make_flux
 from xditd.protocol import orders
@@ -27,26 +27,38 @@ World = tuple[str, Ranks, Reference]
 
 
 # A ring of 3 as well: with 2, the block before and the block after are the same.
-# (cfg, ulysses, ring)
+# (cfg, tensor, ulysses, ring)
 WORLDS = {
-    "ulysses2": (1, 2, 1),
-    "ring2": (1, 1, 2),
-    "ulysses2-ring2": (1, 2, 2),
-    "ring3": (1, 1, 3),
-    "cfg2": (2, 1, 1),
-    "cfg2-ulysses2": (2, 2, 1),
+    "ulysses2": (1, 1, 2, 1),
+    "ring2": (1, 1, 1, 2),
+    "ulysses2-ring2": (1, 1, 2, 2),
+    "ring3": (1, 1, 1, 3),
+    "cfg2": (2, 1, 1, 1),
+    "cfg2-ulysses2": (2, 1, 2, 1),
+    "tensor2": (1, 2, 1, 1),
 }
+LONG = {
+    "cfg2-tensor2": (2, 2, 1, 1),
+    "tensor2-ulysses2": (1, 2, 2, 1),
+    "tensor4": (1, 4, 1, 1),
+}
+PARAMS = [pytest.param(degrees, id=name) for name, degrees in WORLDS.items()] + [
+    pytest.param(degrees, id=name, marks=pytest.mark.soak) for name, degrees in LONG.items()
+]
 
 
-@pytest.fixture(scope="module", params=WORLDS.values(), ids=WORLDS)
+@pytest.fixture(scope="module", params=PARAMS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    cfg, ulysses, ring = request.param
+    cfg, tensor, ulysses, ring = request.param
     folder: Path = tmp_path_factory.mktemp("w")
     path = make_flux(folder / "flux.safetensors", **SHAPE, dtype=torch.float32)
-    with running(folder, path=path, cfg=cfg, ulysses=ulysses, ring=ring, wait=False) as ranks:
+    degrees = {"cfg": cfg, "tensor": tensor, "ulysses": ulysses, "ring": ring}
+    with running(folder, path=path, **degrees, wait=False) as ranks:
         reference = Reference(path, flux_facts(**SHAPE))  # while they start
-        ranks.ready()
-        yield f"cfg {cfg} × ulysses {ulysses} × ring {ring}", ranks, reference
+        ready = ranks.ready()
+        name = " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+        check_weights(name, "flux", path, ready, tensor)
+        yield name, ranks, reference
 
 
 def conditioning(text: int, batch: int = 1) -> dict[str, torch.Tensor]:

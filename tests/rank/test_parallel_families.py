@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.rank.families import CASES, Case, Predict, normal
-from tests.rank.ranks import Ranks, framed, running
+from tests.rank.ranks import Ranks, check_weights, framed, running
 from tests.rank.reference import error, euler
 from xditd.protocol import orders
 from xditd.protocol.messages import DenoiseItem
@@ -19,29 +19,31 @@ from xditd.protocol.messages import DenoiseItem
 TEXTS = (15, 77)
 TOLERANCE = 1e-5
 
-WORLDS = {"ulysses2": (2, 1), "ring2": (1, 2), "ulysses2-ring2": (2, 2)}
-BOTH = ("sd3.5_medium",)
-"""Tried on four ranks as well: those with more than one kind of attention."""
+WORLDS = {"ulysses2": (2, 1, 1), "ring2": (1, 2, 1), "ulysses2-ring2": (2, 2, 1), "tensor2": (1, 1, 2)}
+LONG = {"tensor2-ulysses2": (2, 1, 2), "tensor2-ring2": (1, 2, 2)}
+FULL = ("sd3.5_medium", "pixart_alpha")
+"""Tried in more ways: those that have all that others of their family have."""
 
 PARAMS = [
-    (name, world)
+    pytest.param((name, world), id=f"{name}-{world}", marks=[pytest.mark.soak] if world in LONG else [])
     for name, case in CASES.items()
-    for world in (WORLDS if case.parallel else ("one",))
-    if world != "ulysses2-ring2" or name in BOTH
+    for world in (WORLDS | LONG if case.parallel else ("one",))
+    if name in FULL or world in ("one", "ulysses2", "ring2")
 ]
 
 World = tuple[str, Ranks, Predict, Case]
 
 
-@pytest.fixture(scope="module", params=PARAMS, ids="-".join)
+@pytest.fixture(scope="module", params=PARAMS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     name, kind = request.param
-    case, (ulysses, ring) = CASES[name], WORLDS.get(kind, (1, 1))
+    case, (ulysses, ring, tensor) = CASES[name], (WORLDS | LONG).get(kind, (1, 1, 1))
     folder = tmp_path_factory.mktemp("w")
     path = case.make(folder / "model.safetensors")
-    with running(folder, path=path, family=case.family, ulysses=ulysses, ring=ring, wait=False) as ranks:
+    degrees = {"ulysses": ulysses, "ring": ring, "tensor": tensor}
+    with running(folder, path=path, family=case.family, **degrees, wait=False) as ranks:
         reference = case.reference(path)
-        ranks.ready()
+        check_weights(f"{name}, {kind}", case.family, path, ranks.ready(), tensor)
         yield f"{name}, {kind}", ranks, reference, case
 
 

@@ -27,13 +27,19 @@ STRATEGIES = ("auto", "Hybrid", "USP", "CFG", "PipeFusion", "Tensor")
 
 
 def plan_options(command: F) -> F:
-    """--strategy, --ulysses, --ring, --devices: what is left out is the planner's choice."""
+    """--strategy, --ulysses, --ring, --tensor, --devices: what is left out is the planner's choice."""
     for decorate in (
         click.option(
             "--devices",
             default="",
             metavar="0,1",
             help="Which devices, as `xditctl status` names them; default: all.",
+        ),
+        click.option(
+            "--tensor",
+            type=click.IntRange(0, 1024),
+            default=0,
+            help="Tensor degree: how many devices share the weights of each layer.",
         ),
         click.option(
             "--ring", type=click.IntRange(0, 1024), default=0, help="Ring degree; 0 is the planner's choice."
@@ -49,16 +55,24 @@ def plan_options(command: F) -> F:
             type=click.Choice(STRATEGIES, case_sensitive=False),
             default=STRATEGIES[0],
             show_default=True,
-            help="How the devices share the work; CFG computes positive and negative side by side.",
+            help="How the devices share the work. CFG computes positive and negative side by side; with Tensor each device holds "
+            "a share of the weights.",
         ),
     ):
         command = decorate(command)
     return command
 
 
-def plan_of(strategy: str, ulysses: int, ring: int, devices: str, replicas: int = 0) -> PlanRequest:
+def plan_of(
+    strategy: str, ulysses: int, ring: int, tensor: int, devices: str, replicas: int = 0
+) -> PlanRequest:
     return PlanRequest(
-        strategy=strategy, ulysses=ulysses, ring=ring, devices=_names(devices), replicas=replicas
+        strategy=strategy,
+        ulysses=ulysses,
+        ring=ring,
+        tensor=tensor,
+        devices=_names(devices),
+        replicas=replicas,
     )
 
 
@@ -141,6 +155,7 @@ def load(
     strategy: str,
     ulysses: int,
     ring: int,
+    tensor: int,
     devices: str,
     replicas: int,
     dtype: str | None,
@@ -157,7 +172,7 @@ def load(
       xditctl load diffusion_models/sd3.5_large.safetensors --strategy CFG --devices 0-3
     """
     model = msgspec.structs.replace(model, dtype=dtype or "")
-    plan = plan_of(strategy, ulysses, ring, devices, replicas if replicas > 1 else 0)
+    plan = plan_of(strategy, ulysses, ring, tensor, devices, replicas if replicas > 1 else 0)
     with connect(endpoint, shared_memory=False) as client, PhaseBar(stderr(), words.model(model)) as bar:
         answer = client.load(model, plan, on_event=bar.on_event, timeout=timeout)
     if as_json:

@@ -118,6 +118,7 @@ def sample(
     strategy: str,
     ulysses: int,
     ring: int,
+    tensor: int,
     devices: str,
     dtype: str | None,
     endpoint: str | None,
@@ -138,7 +139,7 @@ def sample(
         raise click.UsageError("Give --vae for a picture, or --save-latent for the latent alone.")
     wish = Wish(
         model=msgspec.structs.replace(model, dtype=dtype or ""),
-        plan=plan_of(strategy, ulysses, ring, devices),
+        plan=plan_of(strategy, ulysses, ring, tensor, devices),
         conditioning=conditioning,
         **wished,
     )

@@ -106,10 +106,11 @@ def _ranks(ranks: tuple[RankStatus, ...]) -> Table:
         "pid",
         "device",
         "phase",
+        "weights",
         "device memory",
         "host memory",
         "attention",
-        right=("pid", "device memory", "host memory"),
+        right=("pid", "weights", "device memory", "host memory"),
     )
     for rank in ranks:
         table.add_row(
@@ -117,6 +118,7 @@ def _ranks(ranks: tuple[RankStatus, ...]) -> Table:
             str(rank.pid),
             rank.device,
             Text(rank.phase, style=STATE_STYLE.get(rank.phase, "")),
+            words.size(rank.weights),
             words.size(rank.device_memory),
             words.size(rank.rss),
             rank.attention or words.UNKNOWN,

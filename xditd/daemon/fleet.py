@@ -219,6 +219,7 @@ class Fleet:
         rank.phase = "ready"
         rank.device_memory = report.device_memory
         rank.attention = report.attention
+        rank.weights = report.weights
         if group.state != "starting" or not group.all_ready:
             return
         group.go("ranks_ready")

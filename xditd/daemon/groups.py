@@ -29,6 +29,7 @@ class Rank:
     phase: str = "starting"
     device_memory: int | None = None
     attention: str = ""
+    weights: int | None = None
 
     @property
     def gone(self) -> bool:
@@ -110,6 +111,7 @@ class Group:
                     rss=rss.get(r.pid),
                     device_memory=r.device_memory,
                     attention=r.attention,
+                    weights=r.weights,
                 )
                 for r in self.ranks
             ),

@@ -2,7 +2,8 @@
 
 Pure: it is told the model's facts and the names of the devices. The choice is exact only: sequence parallelism
 (USP), ulysses as far as the heads divide and ring for the rest, and by itself never cfg, since whether a sampling is
-guided is not known when its model is loaded; a VAE or a text encoder takes one device.
+guided is not known when its model is loaded, nor tensor, which is for models that do not fit; a VAE or a text encoder
+takes one device.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from xditd.daemon.scheduling import POLICIES
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
 
-EXACT = ("auto", "usp", "hybrid", "cfg")
-"""Strategies that this version builds, in lower case. All but cfg mean sequence parallelism for now."""
+EXACT = ("auto", "usp", "hybrid", "cfg", "tensor")
+"""Strategies that this version builds, in lower case. auto, usp and hybrid mean sequence parallelism for what no degree
+speaks for."""
 
-LATER = ("pipefusion", "tensor")
+LATER = ("pipefusion",)
 
 GUIDED = 2
 """Calls of a step with classifier-free guidance: the degree of the strategy cfg, unless another is named."""
@@ -71,7 +73,8 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
     if strategy in LATER:
         raise XditError(
             Code.NOT_BUILT,
-            f"Strategy {request.strategy} is not built in this version; auto, USP, CFG and Hybrid (exact) are.",
+            f"Strategy {request.strategy} is not built in this version; auto, USP, CFG, Tensor and Hybrid "
+            "(exact) are.",
         )
     if strategy not in EXACT:
         raise XditError(
@@ -90,7 +93,9 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
         )
     rest = len(devices) // product
     degrees = dict(given)
-    if rest > 1:
+    if rest > 1 and strategy == "tensor" and not single and "tensor" not in given:
+        degrees["tensor"] = rest
+    elif rest > 1:
         degrees = _fill(degrees, rest, info)
         if math.prod(degrees.values()) != len(devices):
             raise XditError(
@@ -152,7 +157,7 @@ def _fill(degrees: dict[str, int], rest: int, info: ModelInfo) -> dict[str, int]
     """Gives the devices that no degree speaks for to sequence parallelism, ulysses before ring."""
     filled = dict(degrees)
     if "ulysses" not in degrees:
-        heads = info.facts.get("heads", 1)
+        heads = info.facts.get("heads", 1) // degrees.get("tensor", 1)
         ulysses = max(d for d in range(1, rest + 1) if rest % d == 0 and heads % d == 0)
         if "ring" in degrees and ulysses != rest:
             return filled
@@ -174,6 +179,8 @@ def _reason(request: PlanRequest, degrees: dict[str, int], info: ModelInfo, devi
         return "exact; cond and uncond side by side, where the cfg scale is not 1"
     if all(getattr(request, name) for name in degrees):
         return "as asked"
+    if degrees.get("tensor", 1) > 1:
+        return f"exact; each rank holds 1/{degrees['tensor']} of the large layers"
     heads = info.facts.get("heads", 1)
     if degrees.get("ring", 1) == 1:
         return f"exact; ulysses, since {heads} heads divide by {degrees.get('ulysses', 1)}"

@@ -13,6 +13,7 @@ import torch
 from xditd.catalog.detection import PREFIXES, role
 from xditd.catalog.families import family
 from xditd.models.reading import WeightFile
+from xditd.models.splits import Cut, Divide
 from xditd.models.tokens import Tokens
 from xditd.protocol.errors import Code, XditError
 
@@ -43,6 +44,7 @@ class Transformer(Protocol):
     call: Any  # runs the backbone: at first `partial(run, backbone)`
     heads: int
     tokens: Tokens  # what `call` has by token
+    cuts: Mapping[str, Cut]  # by parameter, what of it is held where a rank holds a share
     multiplier: float  # a flow model's t is sigma times this
     device: torch.device
     dtype: torch.dtype
@@ -57,7 +59,14 @@ class Transformer(Protocol):
         """One call of a module, the backbone or what wraps it, on all tokens or on some: the tokens that it predicts."""
 
 
-def load(name: str, path: str | os.PathLike[str], part: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load(
+    name: str,
+    path: str | os.PathLike[str],
+    part: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    divide: Divide | None = None,
+) -> Any:
     """The network of a model file.
 
     Args:
@@ -66,6 +75,7 @@ def load(name: str, path: str | os.PathLike[str], part: str, device: torch.devic
         part: of the file, one of `catalog.detection.PREFIXES`.
         device: where it goes.
         dtype: of its arithmetic.
+        divide: what leaves a rank its share of a transformer; None loads the whole.
 
     Returns:
         A `Transformer`, a `vae.network.Autoencoder` or a `text.TextEncoder`.
@@ -85,5 +95,6 @@ def load(name: str, path: str | os.PathLike[str], part: str, device: torch.devic
         found = family(name).detect(file.header, prefix)
         if found is not None:
             network = importlib.import_module(row.module)
-            return network.load(file, found.facts, prefix, device, dtype)
+            shared = () if divide is None else (divide,)
+            return network.load(file, found.facts, prefix, device, dtype, *shared)
     raise XditError(Code.FILE_INVALID, f"{file.header.name} holds no {name}; choose the model's own file.")

@@ -15,6 +15,7 @@ from torch import nn
 
 from xditd.catalog.header import Header, read_header
 from xditd.catalog.layouts.piece import Piece
+from xditd.models.splits import Cut
 from xditd.protocol.errors import Code, XditError
 
 DTYPES = {
@@ -61,6 +62,7 @@ def fill(
     file: WeightFile,
     device: torch.device,
     dtype: torch.dtype,
+    cuts: Mapping[str, Cut] | None = None,
 ) -> None:
     """Gives every parameter and buffer of a network its value.
 
@@ -70,12 +72,14 @@ def fill(
         file: where they are read.
         device: where they go.
         dtype: what they become.
+        cuts: by the name of a parameter, what of it the network holds; of the rest it holds all. Only that is read.
 
     Raises:
         XditError: `file_invalid` naming the first keys that are missing or of another shape than the network's.
     """
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    _check(expected, pieces, file.header)
+    cuts = cuts or {}
+    _check(expected, pieces, cuts, file.header)
     place = _Uploader(device) if device.type == "cuda" else None
     state = {}
     for name in expected:
@@ -83,19 +87,35 @@ def fill(
         value = file.tensor(piece.key)
         if piece.rows is not None:
             value = value[piece.rows[0] : piece.rows[1]]
-        if place is not None:
-            value = place(value)
-        value = value.to(dtype)
         if piece.swapped:
             value = torch.cat(value.chunk(2)[::-1])
-        state[name] = value.reshape(expected[name]) if piece.squeezed else value
+        if piece.squeezed:
+            value = value.flatten(1)
+        if name in cuts:
+            value = cuts[name](value)
+            if piece.swapped:
+                value = value.clone()  # or the whole copy stays for the sake of a part
+        if place is not None:
+            value = place(value.contiguous())
+        state[name] = value.to(dtype)
     network.load_state_dict(state, assign=True, strict=True)
     network.requires_grad_(False).eval()
     if place is not None:
         place.finish()
 
 
-def _check(expected: Mapping[str, tuple[int, ...]], pieces: Mapping[str, Piece], header: Header) -> None:
+def held(network: nn.Module) -> int:
+    """Bytes of a network's parameters and buffers, each counted once."""
+    values = network.state_dict().values()
+    return sum({value.data_ptr(): value.numel() * value.itemsize for value in values}.values())
+
+
+def _check(
+    expected: Mapping[str, tuple[int, ...]],
+    pieces: Mapping[str, Piece],
+    cuts: Mapping[str, Cut],
+    header: Header,
+) -> None:
     nowhere = [name for name in expected if name not in pieces]
     if nowhere:
         raise XditError(Code.FILE_INVALID, f"{header.name} has no key for {_some(nowhere)} of its network.")
@@ -111,7 +131,8 @@ def _check(expected: Mapping[str, tuple[int, ...]], pieces: Mapping[str, Piece],
                 f"{piece.key} of {header.name} is {entry.dtype}, which this version does not load; "
                 "use the model's bf16 or fp16 file.",
             )
-        if piece.shape(entry.shape) != shape:
+        found = piece.shape(entry.shape)
+        if (cuts[name].shape(found) if name in cuts else found) != shape:
             raise XditError(
                 Code.FILE_INVALID,
                 f"{piece.key} of {header.name} has shape {list(entry.shape)}, which does not give "

@@ -13,6 +13,8 @@ from xditd.protocol.errors import Code, XditError
 class TextEncoder(Protocol):
     """What a text encoder family's `load` returns."""
 
+    backbone: torch.nn.Module
+
     def encode(
         self,
         tokens: torch.Tensor,

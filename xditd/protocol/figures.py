@@ -48,6 +48,7 @@ class RankStatus(Struct, frozen=True, kw_only=True):
     rss: int | None = None  # bytes of host memory
     device_memory: int | None = None  # bytes that torch reserves on its device
     attention: str = ""  # attention backend
+    weights: int | None = None  # bytes of the model's parameters that it holds
 
 
 class ArenaStatus(Struct, frozen=True, kw_only=True):

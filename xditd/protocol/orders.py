@@ -163,6 +163,7 @@ class RankReady(Struct, frozen=True, kw_only=True, tag="rank_ready", tag_field="
     seconds: float
     device_memory: int | None
     attention: str
+    weights: int = 0  # bytes of the model's parameters that this rank holds
 
 
 class TurnDone(Struct, frozen=True, kw_only=True, tag="turn_done", tag_field="type"):

@@ -32,6 +32,7 @@ class Worker(Protocol):
 
     handlers: Handlers
     attention: str  # what RankReady tells
+    weights: int  # what it tells, too: bytes of parameters
 
     def device_memory(self) -> int | None:
         """Bytes reserved on the device; None where there is none, or it was told a moment ago."""

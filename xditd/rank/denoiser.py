@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from xditd.models.families import Transformer
+from xditd.models.reading import held
 from xditd.protocol import orders
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import DenoiseItem
@@ -43,6 +44,7 @@ class Denoiser:
         cfg: CfgParallel | None = None,
     ) -> None:
         self.attention = attention
+        self.weights = held(network.backbone)
         self.device_memory = device.memory
         self.usable = device.usable
         self._network = network

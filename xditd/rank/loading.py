@@ -62,8 +62,11 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
 
     device, dtype = Device(spec.device), DTYPES[spec.dtype]
     kernel = attention.choose(device.torch, dtype)
+    plan = spec.plan
+    sequence = plan.ulysses * plan.ring
     world: Any = None
-    if spec.plan.ulysses * spec.plan.ring > 1:
+    tensor: Any = None
+    if sequence > 1:
         from xditd.rank import xfuser_seam
         from xditd.rank.parallel import SequenceParallel
 
@@ -74,33 +77,39 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
             rank=spec.rank,
             world=spec.world,
             store=spec.store,
-            ulysses=spec.plan.ulysses,
-            ring=spec.plan.ring,
-            cfg=spec.plan.cfg,
+            ulysses=plan.ulysses,
+            ring=plan.ring,
+            groups=plan.cfg * plan.tensor,
             attention=kernel.xfuser,
         )
     elif spec.world > 1:
         _meet(spec, device.is_cuda, tell)
+    if plan.tensor > 1:
+        from xditd.rank.tensor import TensorParallel
+
+        tensor = TensorParallel.join(plan.tensor, sequence, spec.rank, spec.world)
     tell("loading")
     faults.at_load()
-    network = load_network(spec.family, spec.path, spec.part, device.torch, dtype)
+    divide = None if tensor is None else tensor.divide
+    network = load_network(spec.family, spec.path, spec.part, device.torch, dtype, divide)
     name = kernel.name
+    divided = world is not None or tensor is not None
+    if spec.compile and divided:
+        print(
+            "Compiling is for ranks that compute on their own in this version; these run eagerly.",
+            file=sys.stderr,
+        )
     if world is not None:
-        if spec.compile:
-            print(
-                "Compiling is for a world of one rank in this version; this one runs eagerly.",
-                file=sys.stderr,
-            )
-        run = partial(network.run, world.wrap(network.backbone, network.heads))
+        run = partial(network.run, world.wrap(network.backbone, network.heads // plan.tensor))
         network.call = SequenceParallel(run, network.tokens, world, device.torch)
     else:
         network.backbone.set_attention_backend(kernel.diffusers)
         if not attention.obeyed(network.backbone):
             name = attention.TORCHS
-        if spec.compile and device.is_cuda:
+        if spec.compile and device.is_cuda and not divided:
             # By block, so that 57 of them cost two; dynamic, so that a new size costs a fifth of a second.
             network.backbone.compile_repeated_blocks(fullgraph=True, dynamic=True)
-    cfg = CfgParallel(spec.plan.cfg, spec.rank, spec.world, device.torch)
+    cfg = CfgParallel(plan.cfg, spec.rank, spec.world, device.torch)
     transfer = Transfer(device.torch, spec.rank, spec.world, places)
     return Denoiser(network, transfer, device, name, cfg)
 
@@ -139,15 +148,15 @@ def _meet(spec: RankSpec, is_cuda: bool, tell: Tell) -> None:
 def _check(spec: RankSpec) -> None:
     """Refuses what this version does not do. The daemon's planner does so first; this is the last line."""
     plan: Plan = spec.plan
-    unbuilt = [name for name in ("pipefusion", "tensor") if getattr(plan, name) != 1]
-    if unbuilt:
+    if plan.pipefusion != 1:
         raise XditError(
-            Code.NOT_BUILT, f"A plan with {', '.join(unbuilt)} is not built; cfg, ulysses and ring are."
+            Code.NOT_BUILT, "A plan with pipefusion is not built; cfg, ulysses, ring and tensor are."
         )
-    if spec.part == "transformer" and plan.cfg * plan.ulysses * plan.ring != spec.world:
+    if spec.part == "transformer" and plan.cfg * plan.tensor * plan.ulysses * plan.ring != spec.world:
         raise XditError(
             Code.BAD_PLAN,
-            f"cfg {plan.cfg} × ulysses {plan.ulysses} × ring {plan.ring} is not the world of {spec.world} ranks.",
+            f"cfg {plan.cfg} × tensor {plan.tensor} × ulysses {plan.ulysses} × ring {plan.ring} is not the world of "
+            f"{spec.world} ranks.",
         )
 
 

@@ -79,6 +79,7 @@ def _serve(spec: RankSpec, socket: zmq.Socket[bytes], begun: float) -> int:
             seconds=time.perf_counter() - begun,
             device_memory=worker.device_memory(),
             attention=worker.attention,
+            weights=worker.weights,
         ),
     )
     lane = Lane(spec.lane_fd) if spec.lane_fd >= 0 else None

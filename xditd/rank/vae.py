@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xditd.models.reading import held
 from xditd.models.vae.network import Autoencoder
 from xditd.protocol import orders
 from xditd.rank.answers import Answer, Handlers
@@ -22,6 +23,7 @@ class Vae:
 
     def __init__(self, network: Autoencoder, transfer: Transfer, device: Device, attention: str) -> None:
         self.attention = attention
+        self.weights = held(network.backbone)
         self.device_memory = device.memory
         self.usable = device.usable
         self._network = network

@@ -61,8 +61,8 @@ Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 class World:
     """This rank's place in a sequence-parallel world. One in a process: xfuser keeps its state in modules."""
 
-    def __init__(self, ulysses: int, ring: int, attention: str, group: Any, cfg: int = 1) -> None:
-        self.cfg = cfg
+    def __init__(self, ulysses: int, ring: int, attention: str, group: Any, groups: int = 1) -> None:
+        self.groups = groups
         self.ulysses = ulysses
         self.ring = ring
         self.rank: int = group.rank_in_group
@@ -84,7 +84,7 @@ class World:
                 Code.BAD_PLAN,
                 f"ulysses {self.ulysses} does not divide the model's {heads} heads; ring takes any degree.",
             )
-        _start_runtime(self.ulysses, self.ring, self.cfg, heads, self._attention)
+        _start_runtime(self.ulysses, self.ring, self.groups, heads, self._attention)
         importlib.import_module(f"{BARE[2]}.{WRAPPERS[kind]}")
         _patch_processors(importlib.import_module("xfuser.model_executor.layers.attention_processor"))
         register = importlib.import_module(f"{BARE[2]}.register")
@@ -149,7 +149,7 @@ def join(
     ulysses: int,
     ring: int,
     attention: str,
-    cfg: int = 1,
+    groups: int = 1,
 ) -> World:
     """Meets the other ranks; `enter` comes before. Blocks until all have come.
 
@@ -158,21 +158,23 @@ def join(
         rank: of this process.
         world: how many there are.
         store: "file:///…", the same for all and fresh.
-        ulysses, ring, cfg: degrees, whose product is `world`; ranks of one cfg group are neighbours.
+        ulysses, ring: degrees of a group whose ranks split a sequence; they are neighbours.
+        groups: how many of these there are; the product of the three is `world`.
         attention: xfuser's name of a kernel that returns its log-sum-exp.
     """
     state = importlib.import_module("xfuser.core.distributed.parallel_state")
     state.init_distributed_environment(
         world_size=world, rank=rank, distributed_init_method=store, local_rank=device.index or 0
     )
-    # xfuser's own cfg degree is 1 or 2; to its groups data parallelism is the same, of any degree.
+    # xfuser's own cfg degree is 1 or 2, and its tensor degree would take our layers apart again; to its groups data
+    # parallelism is the same as either, of any degree.
     state.initialize_model_parallel(
-        data_parallel_degree=cfg,
+        data_parallel_degree=groups,
         sequence_parallel_degree=ulysses * ring,
         ulysses_degree=ulysses,
         ring_degree=ring,
     )
-    return World(ulysses, ring, attention, state.get_sp_group(), cfg)
+    return World(ulysses, ring, attention, state.get_sp_group(), groups)
 
 
 def _bare(name: str) -> None:
@@ -198,16 +200,16 @@ def _pretend_no_gpu(envs: ModuleType) -> None:
     patched.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
 
 
-def _start_runtime(ulysses: int, ring: int, cfg: int, heads: int, attention: str) -> None:
+def _start_runtime(ulysses: int, ring: int, groups: int, heads: int, attention: str) -> None:
     """xfuser's runtime state. It asks a pipeline for a few numbers of its transformer; PipeFusion alone uses most."""
     config = importlib.import_module("xfuser.config.config")
     runtime = importlib.import_module("xfuser.core.distributed.runtime_state")
-    world = ulysses * ring * cfg
+    world = ulysses * ring * groups
     engine = config.EngineConfig(
         model_config=config.ModelConfig(model=""),
         runtime_config=config.RuntimeConfig(attention_backend=attention),
         parallel_config=config.ParallelConfig(
-            dp_config=config.DataParallelConfig(dp_degree=cfg, dit_parallel_size=world),
+            dp_config=config.DataParallelConfig(dp_degree=groups, dit_parallel_size=world),
             sp_config=config.SequenceParallelConfig(
                 ulysses_degree=ulysses, ring_degree=ring, dit_parallel_size=world
             ),

@@ -13,20 +13,32 @@ Conditioning = Mapping[str, Tensor]
 
 
 def check_plan(info: ModelInfo, plan: Plan, label: str) -> None:
-    """Refuses what is neither cfg, nor ring, nor ulysses of a degree that divides the heads.
+    """Refuses what is neither cfg, nor ring, nor tensor and ulysses of degrees that divide the heads.
 
     Raises:
         XditError: `not_built`, `bad_plan` with the degrees that would work.
     """
-    inputs.check_degrees_built(label, plan, ("cfg", "ulysses", "ring"))
+    inputs.check_degrees_built(label, plan, ("cfg", "ulysses", "ring", "tensor"))
     heads = info.facts["heads"]
-    if heads % plan.ulysses:
-        works = [str(degree) for degree in range(1, heads + 1) if heads % degree == 0]
+    if heads % plan.tensor:
         raise XditError(
             Code.BAD_PLAN,
-            f"ulysses {plan.ulysses} does not divide the {heads} heads of {info.name}; "
-            f"{', '.join(works)} would, and ring takes any degree.",
+            f"tensor {plan.tensor} does not divide the {heads} heads of {info.name}; {_divisors(heads)} would, and ring "
+            "takes any degree.",
         )
+    if heads // plan.tensor % plan.ulysses:
+        of = f"{heads} heads of {info.name}"
+        if plan.tensor > 1:
+            of = f"{heads // plan.tensor} heads that tensor {plan.tensor} leaves each rank of {info.name}"
+        raise XditError(
+            Code.BAD_PLAN,
+            f"ulysses {plan.ulysses} does not divide the {of}; {_divisors(heads // plan.tensor)} would, and ring takes "
+            "any degree.",
+        )
+
+
+def _divisors(heads: int) -> str:
+    return ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
 
 
 def check_batches(tensors: Conditioning) -> None:

@@ -14,7 +14,9 @@ from torch import nn
 from xditd.catalog.layouts.flux import pieces
 from xditd.models.flux import inputs
 from xditd.models.flux.config import config
+from xditd.models.flux.splits import SPLITS
 from xditd.models.reading import WeightFile, fill
+from xditd.models.splits import Cut, Divide, whole
 from xditd.models.tokens import Tokens
 
 GUIDANCE = 3.5
@@ -39,6 +41,7 @@ class Flux:
     Attributes:
         backbone: diffusers' module.
         call: what runs it. At first the module itself; `rank.parallel` puts itself in its place.
+        cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
     multiplier = 1.0
@@ -50,6 +53,7 @@ class Flux:
         self.dtype = dtype
         self.heads: int = backbone.config.num_attention_heads
         self.call: Call = partial(self.run, backbone)
+        self.cuts: Mapping[str, Cut] = {}
         self._time = _ExactTime(backbone)
         self._image_ids = lru_cache(maxsize=32)(inputs.image_ids)
 
@@ -98,7 +102,12 @@ class Flux:
 
 
 def load(
-    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
+    file: WeightFile,
+    facts: Mapping[str, int],
+    prefix: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    divide: Divide = whole,
 ) -> Flux:
     """A Flux transformer from a file in its makers' layout.
 
@@ -108,14 +117,18 @@ def load(
         prefix: of its keys.
         device: where it goes.
         dtype: of its parameters and its arithmetic.
+        divide: what leaves a rank its share.
 
     Raises:
         XditError: `file_invalid` naming keys.
     """
     with torch.device("meta"):
         backbone = FluxTransformer2DModel(**config(facts))
-    fill(backbone, pieces(facts, prefix), file, device, dtype)
-    return Flux(backbone, device, dtype)
+    cuts = divide(backbone, SPLITS)
+    fill(backbone, pieces(facts, prefix), file, device, dtype, cuts)
+    network = Flux(backbone, device, dtype)
+    network.cuts = cuts
+    return network
 
 
 class _ExactTime:

@@ -14,7 +14,9 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from xditd.catalog.layouts.pixart import pieces
 from xditd.models.patches import Embed, grid, join, run, split
 from xditd.models.pixart.config import config, scales
+from xditd.models.pixart.splits import SPLITS
 from xditd.models.reading import WeightFile, fill
+from xditd.models.splits import Cut, Divide, whole
 from xditd.models.tokens import Tokens
 
 
@@ -34,6 +36,7 @@ class PixArt:
     Attributes:
         backbone: diffusers' module, whose patch embedding is ours.
         call: what runs it. At first the module itself; `rank.parallel` puts itself in its place.
+        cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
     multiplier = 1.0
@@ -51,6 +54,7 @@ class PixArt:
         self.dtype = dtype
         self.heads: int = backbone.config.num_attention_heads
         self.call: Callable[..., torch.Tensor] = partial(self.run, backbone)
+        self.cuts: Mapping[str, Cut] = {}
         self._facts = facts
         self._embed: Any = Embed(backbone.pos_embed)
         backbone.pos_embed = self._embed
@@ -117,7 +121,12 @@ class PixArt:
 
 
 def load(
-    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
+    file: WeightFile,
+    facts: Mapping[str, int],
+    prefix: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    divide: Divide = whole,
 ) -> PixArt:
     """A PixArt transformer from a file in its makers' layout.
 
@@ -127,6 +136,7 @@ def load(
         prefix: of its keys.
         device: where it goes.
         dtype: of its parameters and its arithmetic.
+        divide: what leaves a rank its share.
 
     Raises:
         XditError: `file_invalid` naming keys.
@@ -134,5 +144,8 @@ def load(
     with torch.device("meta"):
         backbone = PixArtTransformer2DModel(**config(facts))
     backbone._repeated_blocks = ["BasicTransformerBlock"]  # for compiling by block; diffusers names none
-    fill(backbone, pieces(facts, prefix), file, device, dtype)
-    return PixArt(backbone, facts, device, dtype)
+    cuts = divide(backbone, SPLITS)
+    fill(backbone, pieces(facts, prefix), file, device, dtype, cuts)
+    network = PixArt(backbone, facts, device, dtype)
+    network.cuts = cuts
+    return network

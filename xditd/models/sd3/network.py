@@ -14,6 +14,8 @@ from xditd.catalog.layouts.sd3 import pieces
 from xditd.models.patches import Embed, grid, join, run, split
 from xditd.models.reading import WeightFile, fill
 from xditd.models.sd3.config import config
+from xditd.models.sd3.splits import SPLITS
+from xditd.models.splits import Cut, Divide, whole
 from xditd.models.tokens import Tokens
 
 
@@ -31,6 +33,7 @@ class SD3:
     Attributes:
         backbone: diffusers' module, whose patch embedding is ours.
         call: what runs it. At first the module itself; `rank.parallel` puts itself in its place.
+        cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
     multiplier = 1000.0
@@ -47,6 +50,7 @@ class SD3:
             attention=(("image", "text"), *dual),
         )
         self.call: Callable[..., torch.Tensor] = partial(self.run, backbone)
+        self.cuts: Mapping[str, Cut] = {}
         side = backbone.config.pos_embed_max_size
         stock: Any = backbone.pos_embed
         self._places = stock.pos_embed.view(side, side, -1)
@@ -95,7 +99,12 @@ class SD3:
 
 
 def load(
-    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
+    file: WeightFile,
+    facts: Mapping[str, int],
+    prefix: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    divide: Divide = whole,
 ) -> SD3:
     """An SD3 transformer from a file in its makers' layout.
 
@@ -105,6 +114,7 @@ def load(
         prefix: of its keys.
         device: where it goes.
         dtype: of its parameters and its arithmetic.
+        divide: what leaves a rank its share.
 
     Raises:
         XditError: `file_invalid` naming keys.
@@ -112,5 +122,8 @@ def load(
     with torch.device("meta"):
         backbone = SD3Transformer2DModel(**config(facts))
     backbone._repeated_blocks = ["JointTransformerBlock"]  # for compiling by block; diffusers names none
-    fill(backbone, pieces(facts, prefix), file, device, dtype)
-    return SD3(backbone, device, dtype)
+    cuts = divide(backbone, SPLITS)
+    fill(backbone, pieces(facts, prefix), file, device, dtype, cuts)
+    network = SD3(backbone, device, dtype)
+    network.cuts = cuts
+    return network
