@@ -27,6 +27,7 @@ from xditd.catalog.roots import model_roots
 from xditd.protocol.codec import MAX_HEADER
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelRef
+from xditd.protocol.plans import LoraMatch, LoraRef
 
 
 @pytest.fixture
@@ -108,12 +109,48 @@ def test_a_dtype_that_nothing_computes_in_is_refused(catalog, models):
     assert catalog.find(ModelRef(kind="unet", name="dev.safetensors", dtype="float16"))
 
 
-def test_kinds_that_are_not_built_say_so(catalog, models):
-    write_flux(models / "loras" / "style.safetensors")
-    assert refusal(catalog, kind="loras", name="style.safetensors").code is Code.NOT_BUILT
-    listed, skipped = catalog.list("loras")
-    assert listed == ()
-    assert [file.code for file in skipped] == ["not_built"]
+LORA = {
+    f"lora_unet_double_blocks_0_img_attn_proj.lora_{half}.weight": shape
+    for half, shape in (("up", (256, 4)), ("down", (4, 256)))
+}
+
+
+def test_loras_are_listed_with_the_family_that_they_are_for(catalog, models):
+    write(models / "loras" / "ink.safetensors", entries(LORA))
+    write_flux(models / "loras" / "no-lora.safetensors")
+    (lora,), (other,) = catalog.list("loras")
+    assert (lora.kind, lora.name, lora.part, lora.family, lora.variant) == (
+        "loras",
+        "ink.safetensors",
+        "lora",
+        "lora",
+        "flux",
+    )
+    assert (lora.facts, lora.parameters) == ({"modules": 1, "rank": 4}, 2048)
+    assert (other.name, other.code) == ("no-lora.safetensors", "unknown_family")
+
+
+def test_a_lora_is_no_model_to_load(catalog, models):
+    write(models / "loras" / "ink.safetensors", entries(LORA))
+    assert "ask for a model with it" in refusal(catalog, kind="loras", name="ink.safetensors").message
+
+
+def test_a_lora_is_found_for_a_model_that_it_fits(catalog, models):
+    write_flux(models / "unet" / "dev.safetensors")
+    write(models / "loras" / "a" / "ink.safetensors", entries(LORA))
+    model = catalog.find(ModelRef(kind="unet", name="dev.safetensors"))
+    found = catalog.find_lora(LoraRef(name="a/ink.safetensors", strength=0.5), model)
+    assert found.path == str(models / "loras" / "a" / "ink.safetensors")
+    assert found.match == LoraMatch(name="a/ink.safetensors", strength=0.5, matched=1, modules=1)
+
+    def refused(**changes) -> Code:
+        with pytest.raises(XditError) as caught:
+            catalog.find_lora(LoraRef(**({"name": "a/ink.safetensors"} | changes)), model)
+        return caught.value.code
+
+    assert refused(strength=float("nan")) is Code.BAD_VALUE
+    assert refused(name="gone.safetensors") is Code.MODEL_NOT_VISIBLE
+    assert refused(size=7) is Code.MODEL_NOT_VISIBLE  # another file of that name
 
 
 def test_every_bad_file_is_listed_with_its_reason_and_none_stops_the_list(catalog, models, tmp_path):

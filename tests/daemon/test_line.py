@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.daemon.world import DEADLINES, REF, VAE, World
+from tests.daemon.world import DEADLINES, VAE, World
 from xditd.daemon import states
 from xditd.daemon.runs import Run
 from xditd.protocol import messages as m
@@ -81,7 +81,6 @@ def test_who_waits_for_minutes_comes_before_a_stream_of_urgent_runs():
 def test_who_is_let_in_one_by_one_is_let_in_in_the_order_that_clients_were_told(runs, given, gone):
     """The line that is told looks at all who wait; the one that gives places away looks at changes alone."""
     world = World(places=0)
-    (key,) = world.what(REF)[1]
     for client, places in given.items():
         world.open(peer=client.encode())
         for _ in range(places):
@@ -90,14 +89,15 @@ def test_who_is_let_in_one_by_one_is_let_in_in_the_order_that_clients_were_told(
     for client, priority, later in sorted(runs, key=lambda run: run[2]):
         world.now = begin + later
         run = world.open(peer=client.encode(), priority=priority)
-        world.core.runs.line.first({key}, world.now)  # it has been looked at as it was before
+        world.core.runs.line.firsts(world.now)  # it has been looked at as it was before
         if next(numbers) in gone:
             world.core.stop(run, "gone", world.now)
     world.now += 100
     line = world.core.runs.line
     told = line.in_order(world.now)
     let_in = []
-    while (run := line.first({key}, world.now)) is not None:
+    while firsts := line.firsts(world.now):
+        (run,) = firsts  # all wait for the same
         line.drop(run)
         line.given(run.peer)
         let_in.append(run)

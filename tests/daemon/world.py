@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from xditd.catalog.catalog import Found
+from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fleet import Deadlines
 from xditd.daemon.groups import Group, Restarts
@@ -115,13 +115,18 @@ class World:
         devices: tuple[str, ...] = (),
         replicas: int = 1,
         scheduling: str = "round_robin",
+        loras: Sequence[tuple[str, float]] = (),
         **arguments: Any,
     ) -> Run:
         """A run of a model on the devices, or on equal shares of them."""
+        found_loras = [
+            FoundLora(f"/{name}", m.LoraMatch(name=name, strength=strength, matched=1, modules=1))
+            for name, strength in loras
+        ]
         found, keys = self.what(ref, devices, replicas)
         plan = m.PlanRequest(scheduling=scheduling)
         request = m.OpenRun(id=self.request(), model=ref, plan=plan, **arguments)
-        return self.core.open(peer, "test", request, found, keys, self.now)
+        return self.core.open(peer, "test", request, found, keys, self.now, found_loras)
 
     def load(self, ref: m.ModelRef = REF, devices: tuple[str, ...] = (), replicas: int = 1) -> int:
         request = m.Load(id=self.request(), model=ref)

@@ -102,7 +102,9 @@ def spell(hint: Any, meta: Meta | None = None) -> str:
 
 
 def _count(meta: Meta | None) -> str:
-    return "" if meta is None else f"{meta.min_length}–{meta.max_length} "
+    if meta is None:
+        return ""
+    return f"{meta.min_length}–{meta.max_length} " if meta.min_length else f"≤ {meta.max_length} "
 
 
 def _power(number: float) -> str:

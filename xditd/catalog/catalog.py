@@ -6,16 +6,18 @@ an event loop calls it in a thread; it may be called from several. Knows no devi
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from xditd.catalog.detection import Recognised, recognise
+from xditd.catalog import lora_fit
+from xditd.catalog.detection import Recognised, recognise, role
 from xditd.catalog.header import read_header
 from xditd.catalog.roots import ModelFile, Roots, canonical
 from xditd.catalog.sentences import shown
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import ModelInfo, ModelRef, SkippedFile
+from xditd.protocol.plans import LoraMatch, LoraRef, ModelInfo, ModelRef, SkippedFile
 from xditd.protocol.tensors import FLOATS
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -23,8 +25,12 @@ PARTS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("transformer", "vae", "clip_l", "clip_g", "t5xxl"),
     "vae": ("vae",),
     "text_encoders": ("text_encoder",),
+    "loras": ("lora",),
 }
 """By kind: the parts that its files may have; the first is what an empty part means."""
+
+LORAS = "loras"
+"""The kind whose files change models, and are none."""
 
 ECHO = "echo"
 """Kind, name and family of the model without a file that tests and benchmarks use."""
@@ -45,6 +51,19 @@ class Found:
     path: str
     info: ModelInfo
     prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoundLora:
+    """A LoRA for a model, ready to be merged.
+
+    Attributes:
+        path: of its file, with links resolved.
+        match: what it changes of the model, and how much of it is wanted.
+    """
+
+    path: str
+    match: LoraMatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +112,11 @@ class Catalog:
         if ref.kind == ECHO and self.echo:
             return Found(path="", info=_ECHO_INFO, prefix="")
         kind = canonical(ref.kind)
+        if kind == LORAS:
+            raise XditError(
+                Code.BAD_VALUE,
+                f"{kind}/{shown(ref.name)} is no model of its own: ask for a model with it, in the run's lora.",
+            )
         part = _part(kind, ref)
         path, stamp = self._choose(kind, ref)
         recognised = self._recognise(kind, ref.name, path, stamp)[part]
@@ -100,6 +124,36 @@ class Catalog:
             raise _anew(recognised)
         info = _info(kind, ref.name, part, stamp.size, recognised)
         return Found(path=path, info=info, prefix=recognised.prefix)
+
+    def find_lora(self, ref: LoraRef, model: Found) -> FoundLora:
+        """The file of a LoRA, and what it changes of a model.
+
+        Raises:
+            XditError: `bad_value` for a strength that is no number; what `Roots.candidates` and `read_header` raise;
+                `lora_mismatch` and what else `lora_fit.fit` finds wrong with it; `not_built` for a model that is no
+                transformer.
+        """
+        if not math.isfinite(ref.strength):
+            raise XditError(
+                Code.BAD_VALUE, f"The strength of {shown(ref.name)} is {ref.strength}; it must be finite."
+            )
+        info = model.info
+        if role(info.part) != "transformer":
+            raise XditError(
+                Code.NOT_BUILT,
+                f"{info.name} is a {info.family}; in this version LoRAs change transformers and UNets, and no other models.",
+            )
+        path, _ = self._choose(LORAS, ModelRef(kind=LORAS, name=ref.name, size=ref.size))
+        found = lora_fit.fit(read_header(path, f"{LORAS}/{ref.name}"), info.family, info.facts, info.name)
+        match = LoraMatch(
+            name=ref.name,
+            strength=ref.strength,
+            matched=found.matched,
+            modules=found.pairs,
+            text=found.text,
+            unmatched=tuple(shown(name) for name in found.unmatched),
+        )
+        return FoundLora(path, match)
 
     def list(self, kind: str = "") -> tuple[tuple[ModelInfo, ...], tuple[SkippedFile, ...]]:
         """Every model of a kind, or of all kinds that can be loaded, and every file that is none, with the reason.
@@ -187,7 +241,7 @@ def _read(kind: str, name: str, path: str) -> dict[str, Recognised | XditError]:
     parts: dict[str, Recognised | XditError] = {}
     for part in PARTS[kind]:
         try:
-            parts[part] = recognise(header, part)
+            parts[part] = lora_fit.recognise(header) if kind == LORAS else recognise(header, part)
         except XditError as error:
             parts[part] = _anew(error)
     return parts

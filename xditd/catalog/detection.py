@@ -74,7 +74,7 @@ def recognise(header: Header, part: str) -> Recognised:
                 return Recognised(
                     family=name,
                     variant=found.variant,
-                    dtype=_dtype(entries),
+                    dtype=dtype_of(entries),
                     parameters=sum(entry.elements for entry in entries),
                     prefix=prefix,
                     facts=found.facts,
@@ -90,7 +90,8 @@ def role(part: str) -> str:
     return ROLES.get(part, part)
 
 
-def _dtype(entries: Iterable[TensorEntry]) -> str:
+def dtype_of(entries: Iterable[TensorEntry]) -> str:
+    """That of most of the elements, by torch's name."""
     counts: Counter[str] = Counter()
     for entry in entries:
         counts[entry.dtype] += entry.elements

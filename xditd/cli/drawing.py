@@ -18,6 +18,7 @@ from xditd.cli.schedule import Habits, habits, sigmas
 from xditd.client import Client, Run, files
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, ModelRef, Plan, PlanRequest
+from xditd.protocol.plans import LoraMatch, LoraRef
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ class Wish:
     batch: int = 1
     cfg: float = 1.0
     guidance: float | None = None
+    lora: tuple[LoraRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Drawn:
         group, plan: that ran it.
         steps: that were run.
         seconds: that the loop took.
+        lora: what each LoRA changed of the model.
     """
 
     latent: torch.Tensor
@@ -72,6 +75,7 @@ class Drawn:
     plan: Plan
     steps: int
     seconds: float
+    lora: tuple[LoraMatch, ...] = ()
 
 
 def draw(client: Client, wish: Wish, console: Console) -> Drawn:
@@ -86,7 +90,9 @@ def draw(client: Client, wish: Wish, console: Console) -> Drawn:
     start = None if wish.latent is None else files.read_latent(wish.latent)
     name = words.model(wish.model)
     with PhaseBar(console, name) as bar:
-        run = client.open_run(wish.model, wish.plan, label="xditctl sample", on_event=bar.on_event)
+        run = client.open_run(
+            wish.model, wish.plan, label="xditctl sample", lora=wish.lora, on_event=bar.on_event
+        )
     with run:
         try:
             habit = habits(run.model)
@@ -117,7 +123,7 @@ def draw(client: Client, wish: Wish, console: Console) -> Drawn:
             raise
         latent = latent / habit.scale + habit.shift
         group, plan = run.group, run.plan
-    return Drawn(latent, group, plan, len(schedule) - 1, seconds)
+    return Drawn(latent, group, plan, len(schedule) - 1, seconds, run.lora)
 
 
 def decode(client: Client, vae: ModelRef, latent: torch.Tensor, console: Console) -> torch.Tensor:

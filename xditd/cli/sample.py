@@ -14,6 +14,7 @@ from xditd.cli.drawing import SAMPLERS, Wish, decode, draw
 from xditd.cli.models import DTYPES, plan_of, plan_options
 from xditd.client import files
 from xditd.protocol.messages import ModelRef
+from xditd.protocol.plans import LoraRef
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -51,6 +52,23 @@ class Sigmas(click.ParamType):
             return tuple(float(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers: write 1,0.75,0.5,0.", param, ctx)
+
+
+class Lora(click.ParamType):
+    """A file below models/loras, and how much of it: "style/ink.safetensors:0.8"."""
+
+    name = "NAME[:STRENGTH]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> LoraRef:
+        if isinstance(value, LoraRef):
+            return value
+        name, colon, strength = value.rpartition(":")
+        if not colon:
+            return LoraRef(name=value)
+        try:
+            return LoraRef(name=name, strength=float(strength))
+        except ValueError:
+            self.fail(f"{strength!r} is not a strength: write ink.safetensors:0.8.", param, ctx)
 
 
 @click.command()
@@ -105,6 +123,12 @@ class Sigmas(click.ParamType):
 @click.option("--seed", type=click.IntRange(0, 2**64 - 3), default=0, show_default=True)
 @click.option("--cfg", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
 @click.option("--guidance", type=click.FloatRange(0), help="Distilled guidance. Default: 3.5 for FLUX.1-dev.")
+@click.option(
+    "--lora",
+    type=Lora(),
+    multiple=True,
+    help="A LoRA below models/loras, and how much of it: ink.safetensors:0.8; several are added up.",
+)
 @plan_options
 @click.option("--dtype", type=DTYPES, help="Compute dtype; default: the file's own.")
 @endpoint_option
@@ -152,6 +176,8 @@ def sample(
             f"on {', '.join(drawn.plan.devices)}",
             markup=False,
         )
+        for match in drawn.lora:
+            console.print(f"   {words.lora(match)}", markup=False)
         if save_latent is not None:
             files.write_latent(save_latent, drawn.latent)
             console.print(f"   {save_latent}", markup=False, soft_wrap=True)

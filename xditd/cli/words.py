@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xditd.protocol.messages import ModelRef, Plan
+from xditd.protocol.plans import LoraMatch
 
 OK = "✅"
 WARNING = "⚠️ "
@@ -75,6 +76,12 @@ def degrees(plan: Plan) -> str:
     named = {"cfg": plan.cfg, "ulysses": plan.ulysses, "ring": plan.ring}
     named |= {"pipefusion": plan.pipefusion, "tensor": plan.tensor}
     return " × ".join(f"{name} {degree}" for name, degree in named.items() if degree > 1) or "1 device"
+
+
+def lora(match: LoraMatch) -> str:
+    """ "ink.safetensors × 0.8: 36 of 40 modules, and 12 of text encoders left as they are"."""
+    text = f", and {match.text} of text encoders left as they are" if match.text else ""
+    return f"{match.name} × {match.strength:g}: {match.matched} of {match.modules} modules{text}"
 
 
 def model(ref: ModelRef) -> str:

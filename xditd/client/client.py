@@ -21,8 +21,12 @@ from xditd.client.search import connect
 from xditd.client.values import T
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.plans import LoraRef
 
 OnEvent = Callable[[Union[m.Queued, m.Rebound, m.Progress]], None]
+
+Lora = Union[LoraRef, str, tuple[str, float]]
+"""A LoRA as a program names it."""
 
 _WATCHED = 64
 """Events after which a watch asks on."""
@@ -120,6 +124,7 @@ class Client:
         model: m.ModelRef | str,
         plan: m.PlanRequest | None = None,
         *,
+        lora: Sequence[Lora] = (),
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
@@ -129,11 +134,12 @@ class Client:
         Args:
             model: "kind/name" or a ModelRef.
             plan: None leaves it to the planner.
+            lora: that runs will have: the daemon looks whether they fit, and merges nothing.
             on_event: hears `Queued` with the phase, in this thread.
             interrupt: called every 20 ms; what it raises ends the wait, not the loading.
             timeout: seconds; None waits for as long as it takes.
         """
-        fields = {"model": _model(model), "plan": plan or m.PlanRequest()}
+        fields = {"model": _model(model), "plan": plan or m.PlanRequest(), "lora": _loras(lora)}
         return self._ask(m.Load, fields, timeout, on_event, interrupt)
 
     def unload(
@@ -160,6 +166,7 @@ class Client:
         *,
         label: str = "",
         priority: int = 0,
+        lora: Sequence[Lora] = (),
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
@@ -171,6 +178,7 @@ class Client:
             plan: None leaves it to the planner.
             label: for people who read `xditctl status`.
             priority: −2 to 2; each step is worth twice the share of turns, and a minute of waiting.
+            lora: merged into the model's weights for this run, in this order: (name, strength), a name, or a LoraRef.
             on_event: hears `Queued` now and the run's `Rebound` and `Progress` later, in the thread that waits.
             interrupt: called every 20 ms; what it raises takes the run out of the queue and is passed on.
             timeout: seconds; None waits for as long as it takes.
@@ -180,6 +188,7 @@ class Client:
             "plan": plan or m.PlanRequest(),
             "label": label,
             "priority": priority,
+            "lora": _loras(lora),
         }
         queued = 0
 
@@ -406,3 +415,14 @@ def _model(model: m.ModelRef | str) -> m.ModelRef:
             f"{model!r} names no model: write kind/name, as in diffusion_models/flux1-dev.safetensors.",
         )
     return m.ModelRef(kind=kind, name=name)
+
+
+def _loras(given: Sequence[Lora]) -> tuple[LoraRef, ...]:
+    refs = []
+    for each in given:
+        if isinstance(each, LoraRef):
+            refs.append(each)
+        else:
+            name, strength = (each, 1.0) if isinstance(each, str) else each
+            refs.append(LoraRef(name=name, strength=float(strength)))
+    return tuple(refs)

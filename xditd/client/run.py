@@ -41,6 +41,7 @@ class Run:
         group: the group that it is bound to; another one after a `Rebound`.
         plan: how that group runs the model.
         model: what the daemon found the file to be.
+        lora: what each of its LoRAs changes of the model.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Run:
         self.group = opened.group
         self.plan = opened.plan
         self.model = opened.model
+        self.lora = opened.lora
         self._connection = connection
         self._on_event = on_event
         self._timeout = timeout

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from xditd.catalog.catalog import Found
+from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon.fleet import LOST, Deadlines, Fleet
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.jobs import Jobs
@@ -78,12 +78,20 @@ class Dispatcher:
     # -------------------------------------------------------------------------------------- from clients
 
     def open(
-        self, peer: bytes, client: str, request: m.OpenRun, found: Found, keys: tuple[Key, ...], now: float
+        self,
+        peer: bytes,
+        client: str,
+        request: m.OpenRun,
+        found: Found,
+        keys: tuple[Key, ...],
+        now: float,
+        loras: Sequence[FoundLora] = (),
     ) -> Run:
         """Queues a run. `RunOpened` follows when a group is ready for it.
 
         Args:
             keys: of the replicas, any of which may take it.
+            loras: that it asks for, found to fit the model.
 
         Raises:
             XditError: `draining`, `queue_full`, `model_failed`, `out_of_memory`.
@@ -104,6 +112,10 @@ class Dispatcher:
             label=request.label,
             priority=request.priority,
             scheduling=request.plan.scheduling,
+            loras=tuple(
+                o.Merge(path=each.path, strength=each.match.strength) for each in loras if each.match.strength
+            ),
+            lora=tuple(each.match for each in loras),
             touched=now,
         )
         self.runs.add(run)
@@ -315,13 +327,18 @@ class Dispatcher:
     def _bind(self, run: Run, group: Group, now: float) -> None:
         self.runs.place(run, group)
         run.touched = run.placed = group.used = now
+        if run.loras or group.loras:
+            self.ranks.order(group, o.SetLoras(run=run.id, loras=run.loras))
+            group.loras = run.loras
         for message, frames in run.conditioning.values():
             self._pass_conditioning(run, message, frames)
         first = not run.announced
         if first:
             run.announced = True
             info, plan = run.found.info, group.key.plan
-            opened = m.RunOpened(re=run.reopen, run=run.id, group=group.name, plan=plan, model=info)
+            opened = m.RunOpened(
+                re=run.reopen, run=run.id, group=group.name, plan=plan, model=info, lora=run.lora
+            )
             self.clients.answer(run.peer, opened)
         if run.asked is not None:
             if not first:

@@ -120,9 +120,17 @@ class Fleet:
         if not there and problem is not None:
             raise problem
 
-    def load(self, peer: bytes, request: m.Load, found: Found, keys: tuple[Key, ...], now: float) -> None:
+    def load(
+        self,
+        peer: bytes,
+        request: m.Load,
+        found: Found,
+        keys: tuple[Key, ...],
+        now: float,
+        loras: tuple[m.LoraMatch, ...] = (),
+    ) -> None:
         """Has every replica ready; `Loaded` follows. An explicit load forgives earlier failures."""
-        load = Load(peer, request.id, now, keys)
+        load = Load(peer, request.id, now, keys, loras)
         for key in keys:
             self.restarts.forgive(key)
             try:

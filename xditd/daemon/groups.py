@@ -14,6 +14,7 @@ from xditd.catalog.catalog import Found
 from xditd.daemon import states
 from xditd.daemon.runs import Key
 from xditd.protocol.messages import GroupStatus, ModelRef, RankStatus
+from xditd.protocol.orders import Merge
 
 PHASES = ("starting", "importing", "joining", "loading", "ready")
 """The phases of a starting rank, in order."""
@@ -58,6 +59,7 @@ class Group:
     spare: bool = False  # a further replica: it starts only where that drives nobody out
     left_at: float | None = None  # monotonic seconds when it was told to leave, or was killed
     restart_at: float | None = None  # monotonic seconds when a gone group's next generation starts
+    loras: tuple[Merge, ...] = ()  # that its weights have merged
     used: float = 0.0  # monotonic seconds of the last turn or binding
 
     def __post_init__(self) -> None:

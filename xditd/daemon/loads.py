@@ -21,6 +21,7 @@ class Load:
     request: int
     since: float  # monotonic seconds
     keys: tuple[Key, ...]
+    lora: tuple[m.LoraMatch, ...] = ()
     problems: dict[Key, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -93,5 +94,6 @@ class Loads:
             warm=warm,
             groups=tuple(group.name for group in ready),
             warnings=warnings,
+            lora=load.lora,
         )
         self.clients.answer(load.peer, loaded)

@@ -33,17 +33,23 @@ class Placing:
     def next(self, roster: Roster, groups: Collection[Group], now: float) -> tuple[Run, Group] | None:
         """The next run that gets a place, and where; None while there is none. It is bound before another is asked for.
 
+        A group's weights have one set of LoRAs merged. So it takes runs with that set, and with another when no run is
+        on it; and while a run waits for that, no other passes it there.
+
         Args:
             groups: that are ready and take runs.
         """
         if not roster.queued:
             return None
         free = {group.key: group for group in groups if roster.count_on(group) < self.places}
-        run = roster.line.first(free, now) if free else None
-        if run is None:
-            return None
-        fitting = [free[key] for key in run.keys if key in free]
-        return run, fitting[0] if len(fitting) == 1 else self._choose(run, fitting, roster, groups)
+        for run in roster.line.firsts(now) if free else ():
+            free_for_it = [free[key] for key in run.keys if key in free]
+            fitting = _with_its_loras(run, free_for_it, roster)
+            if fitting:
+                return run, fitting[0] if len(fitting) == 1 else self._choose(run, fitting, roster, groups)
+            if free_for_it:
+                del free[min(free_for_it, key=roster.count_on).key]
+        return None
 
     def news(
         self, runs: Sequence[Run], line: Sequence[Run], groups: Collection[Group], now: float
@@ -104,3 +110,11 @@ class Placing:
             self._rotas.clear()
         chosen = self._rotas.setdefault(run.keys, Rota()).choose(run.scheduling, candidates, run.effort)
         return fitting[candidates.index(chosen)]
+
+
+def _with_its_loras(run: Run, groups: Sequence[Group], roster: Roster) -> list[Group]:
+    """Those that can have the run's LoRAs merged now; where one has them already and is free, those alone that do."""
+    holding = [group for group in groups if group.loras == run.loras]
+    if any(not roster.count_on(group) for group in holding):
+        return holding
+    return [group for group in groups if group.loras == run.loras or not roster.count_on(group)]

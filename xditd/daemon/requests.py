@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from xditd.catalog.catalog import Catalog, Found
+from xditd.catalog.catalog import Catalog, Found, FoundLora
 from xditd.catalog.families import family
 from xditd.catalog.roots import ALIASES
 from xditd.daemon import dtypes, planner
@@ -30,6 +30,7 @@ from xditd.daemon.work import failed
 from xditd.protocol import messages as m
 from xditd.protocol.codec import MAX_HEADER
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.plans import LoraRef
 
 log = logging.getLogger("xditd.requests")
 
@@ -176,11 +177,28 @@ class Requests:
         dtype = dtypes.choose(found.info, asked=ref.dtype, configured=self.dtype, is_cuda=is_cuda)
         return found, tuple(Key(found.path, found.info.part, dtype, plan) for plan in plans)
 
+    async def _find_loras(
+        self, refs: Sequence[LoraRef], found: Found, keys: Sequence[Key]
+    ) -> list[FoundLora]:
+        """The LoRAs' files, each found to fit the model.
+
+        Raises:
+            XditError: what is wrong with one of them, or `not_built` for a plan that deals out blocks.
+        """
+        if refs and any(key.plan.pipefusion > 1 for key in keys):
+            raise XditError(
+                Code.NOT_BUILT,
+                "LoRAs are not merged into a model whose blocks are dealt out among devices (pipefusion) in this version; "
+                "choose USP, CFG or Tensor.",
+            )
+        return [await asyncio.to_thread(self.catalog.find_lora, ref, found) for ref in refs]
+
     async def _open(self, session: Session, message: m.OpenRun | m.Load) -> None:
         if isinstance(message, m.Load):
             await self._load(session.peer, message)
             return
         found, keys = await self._find(message.model, message.plan)
+        loras = await self._find_loras(message.lora, found, keys)
         if not session.alive:
             return
         open_runs = len(self.dispatcher.runs.of(session.peer))
@@ -189,14 +207,16 @@ class Requests:
                 Code.QUEUE_FULL,
                 f"This connection has {open_runs} open runs, which is the limit; close one first.",
             )
-        run = self.dispatcher.open(session.peer, session.name, message, found, keys, time.monotonic())
+        run = self.dispatcher.open(session.peer, session.name, message, found, keys, time.monotonic(), loras)
         self.sight.run_opened(run)
-        log.info("Opened by %s: %s.", session.name, message.model.name, extra={"run": run.id})
+        with_them = "".join(f" {_told(match)}" for match in run.lora)
+        log.info("Opened by %s: %s.%s", session.name, message.model.name, with_them, extra={"run": run.id})
 
     async def _load(self, peer: bytes, message: m.Load) -> None:
         self.dispatcher.refuse_if_draining()
         found, keys = await self._find(message.model, message.plan)
-        self.dispatcher.fleet.load(peer, message, found, keys, time.monotonic())
+        loras = tuple(each.match for each in await self._find_loras(message.lora, found, keys))
+        self.dispatcher.fleet.load(peer, message, found, keys, time.monotonic(), loras)
 
     def _unload(self, session: Session, message: m.Unload, now: float) -> None:
         groups = [
@@ -356,3 +376,9 @@ def _fit(answer: m.ModelList) -> m.ModelList:
             re=answer.re, models=tuple(models), skipped=tuple(skipped), roots=answer.roots, more=more
         )
     return answer
+
+
+def _told(match: m.LoraMatch) -> str:
+    """A LoRA in a line of the log."""
+    text = f", {match.text} of text encoders left out" if match.text else ""
+    return f"With {match.name} × {match.strength:g}: {match.matched} of {match.modules} modules{text}."

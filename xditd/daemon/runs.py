@@ -17,12 +17,14 @@ from xditd.protocol.messages import (
     Denoise,
     Encode,
     EncodeText,
+    LoraMatch,
     ModelRef,
     Plan,
     PutConditioning,
     RunStatus,
     Sample,
 )
+from xditd.protocol.orders import Merge
 
 MAX_REBINDS = 2
 """How often one request is asked again of another group after its group died, before its run fails."""
@@ -77,6 +79,8 @@ class Run:
     label: str = ""
     priority: int = 0
     scheduling: str = "round_robin"
+    loras: tuple[Merge, ...] = ()  # that its turns are done with
+    lora: tuple[LoraMatch, ...] = ()  # what they change, for its client
     state: str = "queued"
     group: str = ""
     asked: Asked | None = None

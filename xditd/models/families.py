@@ -12,6 +12,7 @@ import torch
 
 from xditd.catalog.detection import PREFIXES, role
 from xditd.catalog.families import family
+from xditd.models.lora import Loras
 from xditd.models.reading import WeightFile
 from xditd.models.splits import Cut, Divide
 from xditd.models.tokens import Tokens
@@ -48,6 +49,7 @@ class Transformer(Protocol):
     multiplier: float  # a flow model's t is sigma times this
     device: torch.device
     dtype: torch.dtype
+    loras: Loras  # what is merged into its weights; `load` gives it that
 
     def condition(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Any:
         """A conditioning from what a client put."""
@@ -96,5 +98,8 @@ def load(
         if found is not None:
             network = importlib.import_module(row.module)
             shared = () if divide is None else (divide,)
-            return network.load(file, found.facts, prefix, device, dtype, *shared)
+            loaded = network.load(file, found.facts, prefix, device, dtype, *shared)
+            if row.part == "transformer":
+                loaded.loras = Loras(file, name, found.facts, device, dtype)
+            return loaded
     raise XditError(Code.FILE_INVALID, f"{file.header.name} holds no {name}; choose the model's own file.")

@@ -7,7 +7,8 @@ ranks of one machine share it and hold no copy; on a GPU it goes there through t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,34 @@ DTYPES = {
 }
 """The dtypes of files that are loaded, by the format's names (`catalog.families.expected.LOADABLE`)."""
 
+Upload = Callable[[torch.Tensor], torch.Tensor]
+"""Takes a tensor to the device that it was made for."""
+
 STAGING = 64 << 20
 """Bytes of one pinned buffer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A parameter that a file has filled.
+
+    Attributes:
+        parameter: on its device.
+        piece: where it came from.
+        cut: takes this rank's part of it; None: it has all.
+    """
+
+    parameter: torch.Tensor
+    piece: Piece
+    cut: Cut | None
+
+
 class WeightFile:
     """A mapped safetensors file: its header, and its tensors as views of the mapping.
+
+    Attributes:
+        header: of it.
+        placed: the parameters that it has filled, by the network's name for them.
 
     Raises:
         XditError: as `catalog.header.read_header` does.
@@ -40,6 +63,7 @@ class WeightFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.header: Header = read_header(path)
+        self.placed: dict[str, Placed] = {}
         # Private: nobody writes to weights, and a write would not reach the file. Shared with others all the same
         # until then, as the kernel copies a page at the first write only.
         storage: Any = torch.UntypedStorage.from_file(os.fspath(path), False, self.header.bytes)
@@ -54,6 +78,32 @@ class WeightFile:
         if begin % dtype.itemsize:
             raw = raw.clone()  # a writer that aligned nothing; torch cannot view it in place
         return raw.view(dtype).view(entry.shape)
+
+    def value(
+        self, piece: Piece, dtype: torch.dtype, upload: Upload | None = None, cut: Cut | None = None
+    ) -> torch.Tensor:
+        """A parameter's value; where nothing has to be changed, a view of the mapping.
+
+        Args:
+            piece: where it comes from.
+            dtype: what it becomes.
+            upload: takes it to another device, before it is converted.
+            cut: takes this rank's part of it.
+        """
+        value = self.tensor(piece.key)
+        if piece.rows is not None:
+            value = value[piece.rows[0] : piece.rows[1]]
+        if piece.swapped:
+            value = torch.cat(value.chunk(2)[::-1])
+        if piece.squeezed:
+            value = value.flatten(1)
+        if cut is not None:
+            value = cut(value)
+            if piece.swapped:
+                value = value.clone()  # or the whole copy stays for the sake of a part
+        if upload is not None:
+            value = upload(value.contiguous())
+        return value.to(dtype)
 
 
 def fill(
@@ -80,28 +130,18 @@ def fill(
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     cuts = cuts or {}
     _check(expected, pieces, cuts, file.header)
-    place = _Uploader(device) if device.type == "cuda" else None
-    state = {}
-    for name in expected:
-        piece = pieces[name]
-        value = file.tensor(piece.key)
-        if piece.rows is not None:
-            value = value[piece.rows[0] : piece.rows[1]]
-        if piece.swapped:
-            value = torch.cat(value.chunk(2)[::-1])
-        if piece.squeezed:
-            value = value.flatten(1)
-        if name in cuts:
-            value = cuts[name](value)
-            if piece.swapped:
-                value = value.clone()  # or the whole copy stays for the sake of a part
-        if place is not None:
-            value = place(value.contiguous())
-        state[name] = value.to(dtype)
+    place = Uploader(device) if device.type == "cuda" else None
+    state = {name: file.value(pieces[name], dtype, place, cuts.get(name)) for name in expected}
     network.load_state_dict(state, assign=True, strict=True)
     network.requires_grad_(False).eval()
     if place is not None:
         place.finish()
+    parameters = dict(network.named_parameters())
+    file.placed = {
+        name: Placed(parameters[name], pieces[name], cuts.get(name))
+        for name in expected
+        if name in parameters
+    }
 
 
 def held(network: nn.Module) -> int:
@@ -145,7 +185,7 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-class _Uploader:
+class Uploader:
     """Copies to a GPU through two pinned buffers: one is filled while the other is on its way."""
 
     def __init__(self, device: torch.device) -> None:

@@ -24,6 +24,7 @@ class Code(str, Enum):
     FILE_INVALID = "file_invalid"
     FILE_REFUSED = "file_refused"
     UNKNOWN_FAMILY = "unknown_family"
+    LORA_MISMATCH = "lora_mismatch"
     BAD_PLAN = "bad_plan"
     BAD_DEVICE = "bad_device"
     NOT_BUILT = "not_built"

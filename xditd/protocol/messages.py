@@ -13,7 +13,16 @@ from msgspec import Meta, Struct, field
 
 from xditd.protocol.codec import tags
 from xditd.protocol.figures import ArenaStatus, DeviceStatus, MemoryStatus, PreloadStatus, RankStatus
-from xditd.protocol.plans import ModelInfo, ModelRef, Name, Plan, PlanRequest, SkippedFile
+from xditd.protocol.plans import (
+    LoraMatch,
+    Loras,
+    ModelInfo,
+    ModelRef,
+    Name,
+    Plan,
+    PlanRequest,
+    SkippedFile,
+)
 from xditd.protocol.tensors import Tensor
 from xditd.protocol.watching import Happened, Watch, Watched
 
@@ -104,6 +113,7 @@ class Load(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="load", ta
     id: Id
     model: ModelRef
     plan: PlanRequest = field(default_factory=PlanRequest)
+    lora: Loras = ()  # that runs will have: looked at now, merged for a run
 
 
 class Unload(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="unload", tag_field="type"):
@@ -131,6 +141,7 @@ class OpenRun(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="open_r
     plan: PlanRequest = field(default_factory=PlanRequest)
     label: Annotated[str, Meta(max_length=256)] = ""
     priority: Annotated[int, Meta(ge=-2, le=2)] = 0
+    lora: Loras = ()  # merged into the model's weights for its turns, in this order
 
 
 class PutConditioning(
@@ -314,6 +325,7 @@ class Loaded(Struct, frozen=True, kw_only=True, tag="loaded", tag_field="type"):
     warm: bool  # it was ready before
     groups: tuple[str, ...] = ()  # of all replicas that are ready
     warnings: tuple[str, ...] = ()  # replicas that are not there, and why
+    lora: tuple[LoraMatch, ...] = ()
 
 
 class Unloaded(Struct, frozen=True, kw_only=True, tag="unloaded", tag_field="type"):
@@ -337,6 +349,7 @@ class RunOpened(Struct, frozen=True, kw_only=True, tag="run_opened", tag_field="
     group: str
     plan: Plan
     model: ModelInfo
+    lora: tuple[LoraMatch, ...] = ()
 
 
 class ConditioningPut(Struct, frozen=True, kw_only=True, tag="conditioning_put", tag_field="type"):

@@ -44,6 +44,20 @@ class RankSpec(Struct, frozen=True, kw_only=True):
 # ---------------------------------------------------------------------------------------------------- orders
 
 
+class Merge(Struct, frozen=True, kw_only=True):
+    """A LoRA that is merged into a model's weights."""
+
+    path: str  # of its file
+    strength: float
+
+
+class SetLoras(Struct, frozen=True, kw_only=True, tag="set_loras", tag_field="type"):
+    """The run's turns are done with exactly these merged; kept until `forget_run`. No collective: each rank reads the files."""
+
+    run: int
+    loras: tuple[Merge, ...]
+
+
 class SetConditioning(Struct, frozen=True, kw_only=True, tag="set_conditioning", tag_field="type"):
     """Rank 0 reads, all receive; kept until `forget_run`. A collective, but not a turn."""
 
@@ -126,6 +140,7 @@ class Leave(Struct, frozen=True, kw_only=True, tag="leave", tag_field="type"):
 
 
 Order = Union[
+    SetLoras,
     SetConditioning,
     TurnDenoise,
     BeginSample,

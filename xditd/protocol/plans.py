@@ -23,6 +23,28 @@ class ModelRef(Struct, frozen=True, kw_only=True, omit_defaults=True):
     )
 
 
+class LoraRef(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A LoRA as ComfyUI names it, and how much of it."""
+
+    name: Name  # the file below ComfyUI's models/loras: "style/ink.safetensors"
+    strength: float = 1.0  # 0 is none of it; may be negative
+    size: Annotated[int, Meta(ge=0)] | None = None  # bytes, as in ModelRef
+
+
+Loras = Annotated[tuple[LoraRef, ...], Meta(max_length=64)]
+
+
+class LoraMatch(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a LoRA's file was found to change of a model."""
+
+    name: str
+    strength: float
+    matched: int  # modules of the model that it changes
+    modules: int  # that it has a change for, without those of text encoders
+    text: int = 0  # of text encoders, which this leaves as they are
+    unmatched: tuple[str, ...] = ()  # a few of the names that the model has not
+
+
 class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the sender asks of the planner; 0 and () leave it the choice."""
 

@@ -52,7 +52,9 @@ class Denoiser:
         self._cfg = cfg or CfgParallel(1, 0, 1, transfer.device)
         self._conditionings: dict[int, dict[str, Any]] = {}
         self._samplings: dict[int, tuple[orders.BeginSample, Sampling]] = {}
+        self._loras: dict[int, tuple[orders.Merge, ...]] = {}
         self.handlers: Handlers = {
+            orders.SetLoras: self.set_loras,
             orders.SetConditioning: self.set_conditioning,
             orders.TurnDenoise: self.denoise,
             orders.BeginSample: self.begin_sample,
@@ -60,6 +62,10 @@ class Denoiser:
             orders.ForgetRun: self.forget,
             orders.DropSegments: lambda order, frames: transfer.drop(order.segments),
         }
+
+    def set_loras(self, order: orders.SetLoras, frames: Frames) -> None:
+        self._loras[order.run] = order.loras
+        self._hold(order.run)
 
     def set_conditioning(self, order: orders.SetConditioning, frames: Frames) -> None:
         tensors = {
@@ -69,6 +75,7 @@ class Denoiser:
         self._conditionings.setdefault(order.run, {})[order.key] = conditioning
 
     def denoise(self, order: orders.TurnDenoise, frames: Frames) -> Answer:
+        self._hold(order.run)
         predictions = self._cfg.run([self._item(order.run, item, frames) for item in order.items])
         results = [
             (prediction, item.out, item.x.dtype)
@@ -92,6 +99,7 @@ class Denoiser:
         if order.run not in self._samplings:
             raise XditError(Code.NO_SUCH_RUN, f"Run {order.run} has no sampling under way here.")
         begun, sampling = self._samplings[order.run]
+        self._hold(order.run)
         denoised = sampling.step(order.step)
         results: list[Any] = []
         if sampling.done:
@@ -107,8 +115,13 @@ class Denoiser:
         return Answer(outputs, inline)
 
     def forget(self, order: orders.ForgetRun, frames: Frames) -> None:
+        self._loras.pop(order.run, None)
         self._conditionings.pop(order.run, None)
         self._samplings.pop(order.run, None)
+
+    def _hold(self, run: int) -> None:
+        """Before every turn: the weights are those of its run. The daemon sees to it that they seldom have to change."""
+        self._network.loras.hold(self._loras.get(run, ()))
 
     def _item(self, run: int, item: DenoiseItem, frames: Frames) -> Call:
         conditioning = self._conditioning(run, item.conditioning)

@@ -1,35 +1,36 @@
 """Two layouts of one model: its makers', which most files have, and diffusers', which is the network's. No torch.
 
-A family's module here has `pieces(facts, prefix)`: every parameter of diffusers' module, and where it is in a file of the
-makers'. Loading reads it one way, whoever meets diffusers' names in a file the other.
+Loading reads the table from the network to the file; whoever meets diffusers' names in a file reads it the other way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from xditd.catalog import families
 from xditd.catalog.layouts import autoencoder_kl, flux, pixart, sd3, sdxl
 from xditd.catalog.layouts.piece import Piece
 
 
-class Layout(Protocol):
-    """A family's module."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A family's.
 
-    def pieces(self, facts: Mapping[str, int], prefix: str = "") -> dict[str, Piece]:
-        """Every parameter of the network, by diffusers' name.
+    Attributes:
+        pieces: of (facts, prefix): every parameter of the network, by diffusers' name.
+        parameters: of (facts): every parameter of a file of the makers', by key: its shape.
+    """
 
-        Args:
-            facts: as the family's `detect` finds them.
-            prefix: of the file's keys.
-        """
+    pieces: Callable[[Mapping[str, int], str], dict[str, Piece]]
+    parameters: Callable[[Mapping[str, int]], dict[str, tuple[int, ...]]]
 
 
-LAYOUTS: dict[str, Layout] = {
-    "flux": flux,
-    "sd3": sd3,
-    "pixart": pixart,
-    "sdxl": sdxl,
-    "autoencoder_kl": autoencoder_kl,
+LAYOUTS = {
+    "flux": Layout(flux.pieces, families.flux.parameters),
+    "sd3": Layout(sd3.pieces, families.sd3.parameters),
+    "pixart": Layout(pixart.pieces, families.pixart.parameters),
+    "sdxl": Layout(sdxl.pieces, families.sdxl.parameters),
+    "autoencoder_kl": Layout(autoencoder_kl.pieces, families.autoencoder_kl.parameters),
 }
 """By family. A text encoder has one layout only."""

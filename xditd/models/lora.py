@@ -1,0 +1,111 @@
+"""LoRAs merged into a network's weights, and taken out again to the last bit. Knows no ranks and no runs.
+
+A weight is always made anew from the model's file, which stays mapped: so what was merged before leaves no trace, and a
+change of strength reads the file's pages and no more. The sum is computed in float32 and then cast, as ComfyUI does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from xditd.catalog.lora_fit import Change, fit
+from xditd.models.reading import Uploader, WeightFile
+from xditd.protocol.orders import Merge
+
+Changes = list[tuple[Change, WeightFile, float]]
+
+
+class Loras:
+    """What is merged into the weights of a network.
+
+    Args:
+        file: of the model; what it has filled is what LoRAs change.
+        family: of the model.
+        facts: of it, as its family's `detect` found them.
+        device: where its weights are.
+        dtype: of its weights.
+    """
+
+    def __init__(
+        self,
+        file: WeightFile,
+        family: str,
+        facts: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._file = file
+        self._family = family
+        self._facts = facts
+        self._device = device
+        self._dtype = dtype
+        self._held: tuple[Merge, ...] | None = ()  # None: a change of them failed half-way
+        self._changed: set[str] = set()  # parameters that may differ from the file
+
+    def hold(self, wanted: Sequence[Merge]) -> None:
+        """Has exactly these merged, whatever was before; costs nothing where they are.
+
+        Args:
+            wanted: in the order in which they are added up.
+
+        Raises:
+            XditError: what `catalog.lora_fit.fit` finds wrong with a file. The next call makes all weights anew.
+        """
+        merges = tuple(merge for merge in wanted if merge.strength != 0.0)
+        if merges == self._held:
+            return
+        changes = self._changes(merges)
+        self._held = None
+        stale = self._changed | changes.keys()
+        self._changed = set(stale)
+        upload = Uploader(self._device) if self._device.type == "cuda" else None
+        for name in stale:
+            self._make(name, changes.get(name, []), upload)
+        if upload is not None:
+            upload.finish()
+        self._changed = set(changes)
+        self._held = merges
+
+    def _changes(self, merges: Sequence[Merge]) -> dict[str, Changes]:
+        """By parameter."""
+        changes: dict[str, Changes] = {}
+        for merge in merges:
+            file = WeightFile(merge.path)
+            found = fit(file.header, self._family, self._facts, self._file.header.name)
+            for change in found.changes:
+                changes.setdefault(change.target.parameter, []).append((change, file, merge.strength))
+        return changes
+
+    def _make(self, name: str, changes: Changes, upload: Uploader | None) -> None:
+        """A parameter from the model's file, with these changes."""
+        placed = self._file.placed[name]
+        if changes:
+            value = self._file.value(placed.piece, torch.float32, upload, placed.cut)
+            # Not in place: it may be the file's own pages.
+            for change, file, strength in changes:
+                added = product(change, file, strength, self._device)
+                if placed.cut is not None:
+                    added = placed.cut(added)
+                value = value + added.reshape(value.shape)
+            value = value.to(self._dtype)
+        else:
+            value = self._file.value(placed.piece, self._dtype, upload, placed.cut)
+        if upload is not None:  # compiled code and other ranks' kernels know its address
+            placed.parameter.data.copy_(value)
+        else:
+            placed.parameter.data = value
+
+
+def product(change: Change, file: WeightFile, strength: float, device: torch.device) -> torch.Tensor:
+    """What is added to a parameter, float32 [rows, columns]: strength · alpha / rank · up · down, or its rows of that."""
+    pair, target = change.pair, change.target
+    up = file.tensor(pair.up).to(device, torch.float32).flatten(1)
+    down = file.tensor(pair.down).to(device, torch.float32).flatten(1)
+    if target.rows is not None:
+        up = up[target.rows[0] : target.rows[1]]
+    if target.swapped:
+        up = torch.cat(up.chunk(2)[::-1])
+    alpha = float(file.tensor(pair.alpha)) if pair.alpha else float(pair.rank)
+    return (up @ down) * (strength * (alpha / pair.rank))
