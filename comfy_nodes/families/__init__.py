@@ -10,7 +10,7 @@ import torch
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo
 
-from . import flux, pixart, sd3, sdxl
+from . import flux, hunyuandit, pixart, sd3, sdxl
 
 
 class Family(Protocol):
@@ -39,7 +39,9 @@ class Family(Protocol):
         """The tensors and values that the daemon takes, from one conditioning's share of a call's inputs."""
 
 
-FAMILIES: dict[str, Family] = {"flux": flux, "sd3": sd3, "pixart": pixart, "sdxl": sdxl}
+FAMILIES: dict[str, Family] = {
+    "flux": flux, "sd3": sd3, "pixart": pixart, "hunyuandit": hunyuandit, "sdxl": sdxl,
+}  # fmt: skip
 
 
 def family(info: ModelInfo) -> Family:

@@ -280,7 +280,17 @@ def test_no_spoilt_file_does_anything_but_be_refused(part, shapes):
 
 def test_families_are_found_by_name():
     assert family("flux").part == "transformer"
-    assert set(FAMILIES) == {"flux", "sd3", "pixart", "sdxl", "autoencoder_kl", "clip", "t5", "echo"}
+    assert set(FAMILIES) == {
+        "flux",
+        "sd3",
+        "pixart",
+        "hunyuandit",
+        "sdxl",
+        "autoencoder_kl",
+        "clip",
+        "t5",
+        "echo",
+    }
     with pytest.raises(XditError) as caught:
         family("sd7")
     assert caught.value.code is Code.UNKNOWN_FAMILY

@@ -12,7 +12,7 @@ import pytest
 from tests.catalog.sparse_files import header_of, prefixed
 from tests.catalog.test_catalog_inputs import info, refused, sample, tensor
 from xditd.catalog.detection import PREFIXES, recognise
-from xditd.catalog.families import FAMILIES, pixart, sd3, sdxl
+from xditd.catalog.families import FAMILIES, hunyuandit, pixart, sd3, sdxl
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan
 from xditd.protocol.tensors import Tensor
@@ -29,6 +29,13 @@ SIGMA = {
     "latent_channels": 4, "predicted_channels": 8, "scale": 8,
 }  # fmt: skip
 ALPHA = SIGMA | {"text_tokens": 120, "positions": 64, "sizes": 1}
+
+HUNYUAN12 = {
+    "width": 1408, "heads": 16, "head_dim": 88, "blocks": 40, "ff": 6144, "context_width": 1024, "t5_width": 2048,
+    "pooled_width": 1024, "text_tokens": 77, "t5_tokens": 256, "sizes": 0, "latent_channels": 4, "predicted_channels": 8,
+    "scale": 8,
+}  # fmt: skip
+HUNYUAN11 = HUNYUAN12 | {"sizes": 1}
 
 SDXL = {
     "levels": 3, "middle_depth": 10, "context_width": 2048, "vector_width": 2816, "latent_channels": 4, "v": 0, "zsnr": 0,
@@ -53,11 +60,16 @@ KNOWN = {
     "sd3.5_medium": Known(sd3, SD35_MEDIUM, "3.5_medium", 2_469_663_936, 665),
     "pixart_sigma": Known(pixart, SIGMA, "sigma", 612_084_896, 436),
     "pixart_alpha": Known(pixart, ALPHA, "alpha", 616_559_264, 445),
+    "hunyuandit_1.2": Known(hunyuandit, HUNYUAN12, "1.2", 1_499_952_032, 1304),
+    "hunyuandit_1.1": Known(hunyuandit, HUNYUAN11, "1.1", 1_516_534_048, 1305),
     "sdxl": Known(sdxl, SDXL, "eps", 2_567_463_684, 1680),
 }
 SMALL: dict[ModuleType, Mapping[str, int]] = {
     sd3: SD35_MEDIUM | {"width": 128, "heads": 2, "blocks": 3, "dual_blocks": 1, "positions": 8},
     pixart: ALPHA | {"width": 96, "blocks": 2, "positions": 32},
+    hunyuandit: HUNYUAN11
+    | {"width": 32, "heads": 4, "head_dim": 8, "blocks": 4, "ff": 64, "context_width": 24, "t5_width": 16}
+    | {"pooled_width": 12, "text_tokens": 5, "t5_tokens": 6},
     sdxl: {
         **{key: value for key, value in SDXL.items() if not key.endswith("_2")},
         **{"levels": 2, "middle_depth": 1, "channels_0": 64, "channels_1": 128, "depth_1": 1},
@@ -67,6 +79,7 @@ SMALL: dict[ModuleType, Mapping[str, int]] = {
 FREE: dict[ModuleType, set[str]] = {
     sd3: {"context_embedder.weight", "y_embedder.mlp.0.weight"},
     pixart: {"pos_embed", "y_embedder.y_embedding"},
+    hunyuandit: {"text_embedding_padding", "style_embedder.weight"},
     sdxl: set(),
 }
 """Tensors that alone tell a width, or that may be missing."""
@@ -139,14 +152,16 @@ def test_positions_of_an_sd3_that_are_no_square_are_refused() -> None:
 GIVEN: dict[str, dict[str, Tensor]] = {
     "sd3_medium": {"context": tensor(1, 154, 4096), "pooled": tensor(1, 2048)},
     "pixart_alpha": {"context": tensor(1, 120, 4096)},
+    "hunyuandit_1.1": {"context": tensor(1, 77, 1024), "context_t5": tensor(1, 256, 2048)},
     "sdxl": {"context": tensor(1, 77, 2048), "vector": tensor(1, 2816)},
 }
 LATENT = {
     "sd3_medium": tensor(1, 16, 33, 50),
     "pixart_alpha": tensor(1, 4, 128, 96),
+    "hunyuandit_1.1": tensor(1, 4, 33, 50),
     "sdxl": tensor(1, 4, 33, 50),
 }
-HIGHEST = {"sd3_medium": 1000.0, "pixart_alpha": 999.0, "sdxl": 999.0}
+HIGHEST = {"sd3_medium": 1000.0, "pixart_alpha": 999.0, "hunyuandit_1.1": 999.0, "sdxl": 999.0}
 
 
 def model(name: str):
@@ -157,7 +172,7 @@ def model(name: str):
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_conditioning_and_a_step_of_any_length_pass(name: str) -> None:
     family, described = model(name)
-    for tokens in (1, 15, 300):
+    for tokens in (77, 300) if family is hunyuandit else (1, 15, 300):
         given = GIVEN[name] | {"context": tensor(2, tokens, GIVEN[name]["context"].shape[2])}
         family.check_conditioning(described, given, {})
         x = LATENT[name]
@@ -247,6 +262,54 @@ def test_sizes_of_a_pixart_that_cannot_be_are_refused() -> None:
     check(described, given, {"height": 1024.0, "width": 768.0, "aspect_ratio": 1.33})
     for value in (math.nan, math.inf, 0.0, -8.0):
         refused(Code.BAD_VALUE, "width", check, described, given, {"width": value})
+
+
+def test_masks_of_a_hunyuandit_say_which_of_its_tokens_are_text() -> None:
+    family, described = model("hunyuandit_1.1")
+    check, given = family.check_conditioning, GIVEN["hunyuandit_1.1"]
+    for dtype in ("int64", "int32", "uint8", "float32", "bfloat16"):
+        masks = {"mask": tensor(1, 77, dtype=dtype), "mask_t5": tensor(2, 256, dtype=dtype)}
+        check(described, given | masks, {})
+    refused(Code.BAD_TENSOR, "mask_t5 has shape", check, described, given | {"mask_t5": tensor(1, 77)}, {})
+    refused(
+        Code.BAD_TENSOR, "mask has dtype", check, described, given | {"mask": tensor(1, 77, dtype="bool")}, {}
+    )
+
+
+@pytest.mark.parametrize(("key", "least"), [("context", 77), ("context_t5", 256)])
+def test_a_text_that_is_shorter_than_the_padding_of_a_hunyuandit_is_refused(key: str, least: int) -> None:
+    family, described = model("hunyuandit_1.1")
+    given = GIVEN["hunyuandit_1.1"]
+    short = {key: tensor(1, least - 1, given[key].shape[2])}
+    refused(
+        Code.BAD_TENSOR, f"{least} tokens at least", family.check_conditioning, described, given | short, {}
+    )
+
+
+def test_sizes_of_a_hunyuandit_that_cannot_be_are_refused() -> None:
+    family, described = model("hunyuandit_1.1")
+    check, given = family.check_conditioning, GIVEN["hunyuandit_1.1"]
+    check(described, given, {"height": 768.0, "width": 1024.0, "target_height": 768.0, "crop_top": 0.0})
+    for name, value in (("width", 0.0), ("crop_left", -1.0), ("target_width", math.inf)):
+        refused(Code.BAD_VALUE, name, check, described, given, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"blocks.0.attn1.q_norm.weight": (6,)}, "multiple of 4"),
+        ({"pooler.c_proj.weight": (12, 12)}, "8 heads"),
+        ({"text_embedding_padding": (6, 24)}, "padding of 6"),
+        ({"final_layer.linear.weight": (20, 32)}, "20 rows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_shapes_of_a_hunyuandit_that_cannot_be_are_refused(change, word: str) -> None:
+    assert word in refusal(hunyuandit.parameters(SMALL[hunyuandit]) | change).message
+
+
+def test_a_hunyuandit_of_an_odd_depth_is_refused() -> None:
+    assert "3 blocks" in refusal(hunyuandit.parameters(SMALL[hunyuandit] | {"blocks": 3})).message
 
 
 @pytest.mark.parametrize("name", GIVEN)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xditd.models.making import flux_facts
-from xditd.models.making_transformers import pixart_facts, sd3_facts
+from xditd.models.making_transformers import hunyuandit_facts, pixart_facts, sd3_facts
 from xditd.models.splits import Cut, Splits
 from xditd.rank.tensor import TensorParallel
 
@@ -20,6 +20,7 @@ LARGE = {
     "sd3.5_medium": sd3_facts(width=1536, blocks=24, positions=384, qk_norm=True, dual_blocks=13),
     "pixart_sigma": pixart_facts(width=1152, blocks=28),
     "pixart_alpha": pixart_facts(width=1152, blocks=28, sizes=True, positions=64),
+    "hunyuandit_1.1": hunyuandit_facts(head_dim=88, blocks=40, ff=6144, sizes=True),
 }
 """The makers' own models."""
 
@@ -27,6 +28,7 @@ MODULES = {
     "flux": "FluxTransformer2DModel",
     "sd3": "SD3Transformer2DModel",
     "pixart": "PixArtTransformer2DModel",
+    "hunyuandit": "HunyuanDiT2DModel",
 }
 
 

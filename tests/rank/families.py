@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from xditd.models.making_transformers import (
+    hunyuandit_facts,
+    make_hunyuandit,
     make_pixart,
     make_sd3,
     make_sdxl,
@@ -146,6 +149,98 @@ def _pixart(**kind: Any) -> Case:
     return Case("pixart", make, conditioning, reference, t=700.0, channels=4, sizes=sizes)
 
 
+# ---------------------------------------------------------------------------------------------------- HunyuanDiT
+
+FEW = (12, 14)
+"""Tokens of the two texts that the padding of the small ones covers."""
+
+
+def _hunyuandit(**kind: Any) -> Case:
+    facts = hunyuandit_facts(
+        head_dim=16, heads=4, ff=256, context_width=64, t5_width=64, pooled_width=48, text_tokens=FEW[0], t5_tokens=FEW[1],
+        **kind,
+    )  # fmt: skip
+
+    def make(path: Path) -> Path:
+        return make_hunyuandit(path, facts, dtype=torch.float32)
+
+    def reference(path: Path) -> Predict:
+        from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
+        from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiT2DModel
+
+        from xditd.catalog.layouts.hunyuandit import pieces
+        from xditd.models.hunyuandit.config import config
+
+        module = module_of(HunyuanDiT2DModel, config(facts), pieces(facts), path)
+
+        @torch.no_grad()
+        def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            batch, _, height, width = x.shape
+            rows, columns = -(-height // 2), -(-width // 2)
+            # Places as its makers have them, for one shape of picture at a time: in a square of 32, the longer side
+            # fills it, the shorter one is in the middle.
+            short = round(32 / max(rows, columns) * min(rows, columns))
+            middle = round((32 - short) / 2)
+            line = {True: np.linspace(0, 32, max(rows, columns), endpoint=False, dtype=np.float32)}
+            line[False] = np.linspace(
+                middle, middle + short, min(rows, columns), endpoint=False, dtype=np.float32
+            )
+            grid = np.stack(np.meshgrid(line[columns >= rows], line[rows >= columns]))
+            turns = get_2d_rotary_pos_embed_from_grid(16, torch.from_numpy(grid)[:, None], use_real=True)
+            sizes = torch.tensor([[height * 8.0, width * 8.0] * 2 + [0.0, 0.0]] * batch)
+            # Its own forward takes the padding's number of tokens: more of them are a longer padding, where it is not.
+            clip, t5 = (given[name].expand(batch, -1, -1).contiguous() for name in ("context", "context_t5"))
+            kept = torch.cat([given[name].expand(batch, -1) for name in ("mask", "mask_t5")], dim=1)
+            padding = module.text_embedding_padding.split(FEW)
+            longer = [
+                F.pad(part, (0, 0, text.shape[1] - len(part), 0))
+                for part, text in zip(padding, (clip, t5), strict=True)
+            ]
+            module.text_embedding_padding = torch.nn.Parameter(torch.cat(longer), requires_grad=False)
+            pooler = module.time_extra_emb.pooler
+            stock, pooler.forward = (
+                pooler.forward,
+                lambda text: type(pooler).forward(pooler, text[:, : FEW[1]]),
+            )
+            out = module(
+                hidden_states=even(x),
+                timestep=t,
+                encoder_hidden_states=clip,
+                text_embedding_mask=kept[:, : clip.shape[1]],
+                encoder_hidden_states_t5=t5,
+                text_embedding_mask_t5=kept[:, clip.shape[1] :],
+                image_meta_size=sizes,
+                style=torch.zeros(batch, dtype=torch.long),
+                image_rotary_emb=turns,
+                return_dict=False,
+            )[0]
+            module.text_embedding_padding = torch.nn.Parameter(torch.cat(padding), requires_grad=False)
+            pooler.forward = stock
+            return out[:, :4, :height, :width]
+
+        return predict
+
+    def conditioning(text: int, batch: int = 1) -> Tensors:
+        """The text's tokens of each, and then padding up to the padding's length, where the text is not longer."""
+        lengths = [max(text, few) for few in FEW]
+        if text > 20:
+            lengths[1] = text + 5
+        # Tokens before the last ones are kept whatever the mask says; so does ComfyUI keep them.
+        masks = [
+            (torch.arange(n) < max(min(text, n) - 3, n - few)).long()[None].expand(batch, -1)
+            for n, few in zip(lengths, FEW, strict=True)
+        ]
+        return {
+            "context": normal(batch, lengths[0], 64, seed=text),
+            "context_t5": normal(batch, lengths[1], 64, seed=text + 1),
+            "mask": masks[0],
+            "mask_t5": masks[1],
+        }
+
+    sizes = ((16, 16), (11, 18), (26, 9))
+    return Case("hunyuandit", make, conditioning, reference, t=700.0, channels=4, sizes=sizes)
+
+
 # ---------------------------------------------------------------------------------------------------------- SDXL
 
 
@@ -184,5 +279,7 @@ CASES = {
     "sd3.5_medium": _sd3(qk_norm=True, dual_blocks=2),
     "pixart_sigma": _pixart(),
     "pixart_alpha": _pixart(sizes=True, positions=64),
+    "hunyuandit_1.2": _hunyuandit(),
+    "hunyuandit_1.1": _hunyuandit(sizes=True),
     "sdxl": _sdxl(),
 }

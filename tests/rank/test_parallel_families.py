@@ -21,13 +21,17 @@ TOLERANCE = 1e-5
 
 WORLDS = {"ulysses2": (2, 1, 1), "ring2": (1, 2, 1), "ulysses2-ring2": (2, 2, 1), "tensor2": (1, 1, 2)}
 LONG = {"tensor2-ulysses2": (2, 1, 2), "tensor2-ring2": (1, 2, 2)}
-FULL = ("sd3.5_medium", "pixart_alpha")
+FULL = ("sd3.5_medium", "pixart_alpha", "hunyuandit_1.2")
 """Tried in more ways: those that have all that others of their family have."""
+
+ALIKE = ("hunyuandit_1.1",)
+"""What differs from another in nothing that is split."""
 
 PARAMS = [
     pytest.param((name, world), id=f"{name}-{world}", marks=[pytest.mark.soak] if world in LONG else [])
     for name, case in CASES.items()
     for world in (WORLDS | LONG if case.parallel else ("one",))
+    if name not in ALIKE
     if name in FULL or world in ("one", "ulysses2", "ring2")
 ]
 

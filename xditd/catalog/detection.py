@@ -29,7 +29,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 ROLES = {"clip_l": "text_encoder", "clip_g": "text_encoder", "t5xxl": "text_encoder"}
 """What parts are that a checkpoint has several of; any other part is what its name says (`Family.part`)."""
 
-RUNS = "this version runs Flux, SD3 and PixArt transformers, SDXL UNets, AutoencoderKL VAEs, and CLIP and T5 text encoders"
+RUNS = "this version runs Flux, SD3, PixArt and HunyuanDiT transformers, SDXL UNets, AutoencoderKL VAEs, and CLIP and T5 text encoders"
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 

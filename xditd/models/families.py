@@ -31,6 +31,7 @@ FAMILIES = {
     "flux": Row("transformer", "xditd.models.flux.network"),
     "sd3": Row("transformer", "xditd.models.sd3.network"),
     "pixart": Row("transformer", "xditd.models.pixart.network"),
+    "hunyuandit": Row("transformer", "xditd.models.hunyuandit.network"),
     "sdxl": Row("transformer", "xditd.models.sdxl.network"),
     "autoencoder_kl": Row("vae", "xditd.models.vae.network"),
     "clip": Row("text_encoder", "xditd.models.clip.network"),

@@ -297,6 +297,16 @@ def random_weights(shapes: Shapes, dtype: torch.dtype, seed: int, prefix: str) -
     return weights
 
 
+ROWS = (
+    "_embedding.weight",
+    "_embeddings.weight",
+    "style_embedder.weight",
+    "_embedding_padding",
+    "pooler.positional_embedding",
+)
+"""Endings of the keys of tables."""
+
+
 def _gain(key: str, shape: tuple[int, ...]) -> float:
     """What a layer's output is to be against its input. Modulation follows a SiLU of sums, hence more than 1."""
     if "_mod." in key or "modulation." in key or "adaLN" in key:
@@ -305,7 +315,7 @@ def _gain(key: str, shape: tuple[int, ...]) -> float:
         return math.sqrt(shape[1]) / 2  # added to what a linear layer gave
     if key == "pos_embed":
         return math.sqrt(math.prod(shape[1:]) / 2)  # as sines and cosines are
-    if key.endswith("_embedding.weight") or key == "shared.weight":
+    if key.endswith(ROWS) or key == "shared.weight":
         return math.sqrt(shape[1])  # a row is an output by itself
     if key.endswith("SelfAttention.q.weight"):
         return 1 / 8  # T5 divides its scores by nothing

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from xditd.catalog.families import pixart, sd3, sdxl
+from xditd.catalog.families import hunyuandit, pixart, sd3, sdxl
 from xditd.models.making import random_weights, write
 
 Where = str | os.PathLike[str]
@@ -89,6 +89,54 @@ def make_pixart(
 ) -> Path:
     """Writes a PixArt transformer, as ComfyUI's diffusion_models holds them; with sizes an α, else a Σ."""
     return write(path, random_weights(pixart.parameters(facts or pixart_facts()), dtype, seed, prefix))
+
+
+def hunyuandit_facts(
+    *,
+    heads: int = 16,
+    head_dim: int = 8,
+    blocks: int = 4,
+    ff: int = 512,
+    context_width: int = 1024,
+    t5_width: int = 2048,
+    pooled_width: int = 1024,
+    text_tokens: int = 77,
+    t5_tokens: int = 256,
+    sizes: bool = False,
+    latent_channels: int = 4,
+) -> dict[str, int]:
+    """What `catalog.families.hunyuandit.detect` will find in such a file. ComfyUI reads 16 heads, an ff of four times the
+    width, and texts of these widths only."""
+    return {
+        "width": heads * head_dim,
+        "heads": heads,
+        "head_dim": head_dim,
+        "blocks": blocks,
+        "ff": ff,
+        "context_width": context_width,
+        "t5_width": t5_width,
+        "pooled_width": pooled_width,
+        "text_tokens": text_tokens,
+        "t5_tokens": t5_tokens,
+        "sizes": int(sizes),
+        "latent_channels": latent_channels,
+        "predicted_channels": 2 * latent_channels,
+        "scale": hunyuandit.SCALE,
+    }
+
+
+def make_hunyuandit(
+    path: Where,
+    facts: Mapping[str, int] | None = None,
+    *,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    prefix: str = "",
+) -> Path:
+    """Writes a HunyuanDiT transformer, as ComfyUI's diffusion_models holds them; with sizes a 1.1, else a 1.2."""
+    return write(
+        path, random_weights(hunyuandit.parameters(facts or hunyuandit_facts()), dtype, seed, prefix)
+    )
 
 
 def sdxl_facts(

@@ -50,6 +50,7 @@ PATCHED = {
 
 WRAPPERS = {
     "FluxTransformer2DModel": "transformer_flux",
+    "HunyuanDiT2DModel": "hunyuan_transformer_2d",
     "PixArtTransformer2DModel": "pixart_transformer_2d",
     "SD3Transformer2DModel": "transformer_sd3",
 }

@@ -99,6 +99,20 @@ def sdxl(path: str | os.PathLike[str]) -> Any:
     return _made(comfy.supported_models.SDXL({**config, "num_heads": -1, "num_head_channels": 64}), weights)
 
 
+def hunyuandit(path: str | os.PathLike[str]) -> Any:
+    """The same of a HunyuanDiT, of any width: ComfyUI knows a 1.1 by the real one's."""
+    import comfy.model_detection
+    import comfy.supported_models
+    from safetensors.torch import load_file
+
+    weights = load_file(path)
+    config = comfy.model_detection.detect_unet_config(weights, "")
+    if "style_embedder.weight" not in weights:
+        return _made(comfy.supported_models.HunyuanDiT(config), weights)
+    config |= {"image_model": "hydit1", "size_cond": True, "use_style_cond": True}
+    return _made(comfy.supported_models.HunyuanDiT1(config), weights)
+
+
 def _made(config: Any, weights: dict[str, torch.Tensor]) -> Any:
     import comfy.model_patcher
 
@@ -114,8 +128,13 @@ def module(family: str, path: str | os.PathLike[str]) -> Any:
     """ComfyUI's module of a family, with the weights of a file."""
     if family == "flux":
         return flux(path)
-    made = sdxl(path) if family == "sdxl" else whole(path)
-    return made.model.diffusion_model
+    return known(family, path).model.diffusion_model
+
+
+def known(family: str, path: str | os.PathLike[str]) -> Any:
+    """A MODEL of a file of a family beside Flux, made by ComfyUI's own detection as far as that goes."""
+    ways = {"sdxl": sdxl, "hunyuandit": hunyuandit}
+    return ways.get(family, whole)(path)
 
 
 def _renamed(key: str) -> str:

@@ -50,7 +50,17 @@ def _sdxl(tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> C
     return {"context": tensors["context"], "y": tensors["vector"]}
 
 
-CONDITIONINGS = {"flux": _flux, "sd3": _sd3, "pixart": _pixart, "sdxl": _sdxl}
+def _hunyuandit(tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Conditioning:
+    given = {
+        "context": tensors["context"].clone(),  # the module writes its padding into it
+        "text_embedding_mask": tensors["mask"],
+        "encoder_hidden_states_t5": tensors["context_t5"],
+        "text_embedding_mask_t5": tensors["mask_t5"],
+    }
+    return given | ({"image_meta_size": torch.tensor([list(values.values())])} if values else {})
+
+
+CONDITIONINGS = {"flux": _flux, "sd3": _sd3, "pixart": _pixart, "hunyuandit": _hunyuandit, "sdxl": _sdxl}
 
 
 class Network:

@@ -22,6 +22,8 @@ from tests.comfy.inside import own
 from tests.comfy.inside.conftest import XFUSER_RANKS, Serve
 from tests.live.service import Service
 from xditd.models.making_transformers import (
+    hunyuandit_facts,
+    make_hunyuandit,
     make_pixart,
     make_sd3,
     make_sdxl,
@@ -46,7 +48,9 @@ class Kind:
     parallel: bool = True
     flow: bool = False
     size: tuple[int, int] = (12, 10)
+    square: tuple[int, int] = (16, 16)
     options: dict[str, Any] = field(default_factory=dict)
+    t5: int = 0
 
     def text(self, seed: int, length: int) -> list[Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -54,6 +58,12 @@ class Kind:
         options = dict(self.options)
         if self.pooled:
             options["pooled_output"] = torch.randn(1, self.pooled, generator=generator)
+        if self.t5:  # padded to 77 and 256; longer than that is half of it again
+            tokens, more = (77, 256) if length <= 24 else (115, 384)
+            context = torch.randn(1, tokens, self.context, generator=generator)
+            options["conditioning_mt5xl"] = torch.randn(1, more, self.t5, generator=generator)
+            options["attention_mask"] = (torch.arange(tokens) < length).long()[None]
+            options["attention_mask_mt5xl"] = (torch.arange(more) < 2 * length).long()[None]
         return [[context, options]]
 
 
@@ -69,6 +79,7 @@ def _pixart(options: dict[str, Any] | None = None, **facts: Any) -> Kind:
         4096,
         channels=4,
         size=(36, 42),
+        square=(36, 36),
         options=options or {},
     )
 
@@ -85,11 +96,25 @@ def _sdxl(size: tuple[int, int] = (12, 10), **facts: Any) -> Kind:
     )
 
 
+def _hunyuandit(options: dict[str, Any] | None = None, **facts: Any) -> Kind:
+    made = hunyuandit_facts(**facts)
+    return Kind(
+        lambda path: make_hunyuandit(path, made, dtype=torch.float32),
+        1024,
+        channels=4,
+        size=(11, 18),
+        options=options or {},
+        t5=2048,
+    )
+
+
 KINDS = {
     "sd3": _sd3(),
     "sd3.5_medium": _sd3(qk_norm=True, dual_blocks=2),
     "pixart_sigma": _pixart(),
     "pixart_alpha": _pixart({"width": 512, "height": 448}, sizes=True, positions=64),
+    "hunyuandit_1.2": _hunyuandit(),
+    "hunyuandit_1.1": _hunyuandit({"width": 512, "height": 448}, sizes=True),
     "sdxl": _sdxl(),
     "sdxl_v": _sdxl(size=(11, 9), v=True),
 }
@@ -135,7 +160,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def local(folder: Path, name: str) -> Any:
     with torch.inference_mode():
         path = folder / f"{name}.safetensors"
-        return own.sdxl(path) if name.startswith("sdxl") else own.whole(path)
+        return own.known(name.partition("_")[0], path)
 
 
 def load(service: Service, name: str, plan: PlanRequest) -> Any:
@@ -156,17 +181,21 @@ def ksampler(model: Any, name: str, case: tuple[str, float, int, int], seed: int
     return result
 
 
-def once(model: Any, name: str) -> torch.Tensor:
+def once(model: Any, name: str, size: tuple[int, int]) -> torch.Tensor:
     """One forward pass, at a sigma in the middle of the model's."""
     kind = KINDS[name]
     (context, options), generator = kind.text(7, 19)[0], torch.Generator().manual_seed(3)
     sigma = model.model.model_sampling.sigmas[len(model.model.model_sampling.sigmas) // 2].reshape(1)
-    x = torch.randn(1, kind.channels, *kind.size, generator=generator)
+    x = torch.randn(1, kind.channels, *size, generator=generator)
     given = {"cross_attn": context, "noise": x, "device": x.device, "width": 80, "height": 96, **options}
     conds = model.model.extra_conds(**{"pooled_output": None, **given})
     inputs = {key: value.cond for key, value in conds.items()}
     result: torch.Tensor = model.model.apply_model(x, sigma, transformer_options={}, **inputs)
     return result
+
+
+def sizes(name: str) -> tuple[tuple[int, int], ...]:
+    return KINDS[name].size, KINDS[name].square
 
 
 def shaken(local: Any, name: str, case: tuple[str, float, int, int]) -> torch.Tensor:
@@ -192,7 +221,8 @@ def test_comfyuis_own_module_in_the_rank_gives_the_local_latents(
     own_service: Service, local: Any, name: str
 ) -> None:
     model = load(own_service, name, PlanRequest())
-    assert torch.equal(once(model, name), once(local, name))
+    for size in sizes(name):
+        assert torch.equal(once(model, name, size), once(local, name, size)), size
     for case in CASES:
         assert torch.equal(ksampler(model, name, case), ksampler(local, name, case)), case
 
@@ -201,8 +231,11 @@ def test_xditds_own_ranks_give_them_but_for_rounding(
     xfuser_service: Service, local: Any, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load(xfuser_service, name, plan(name))
-    figures = {"one call": far(once(model, name), once(local, name))}
-    allowed = {"one call": BOUND}
+    figures = {
+        f"one call of {size[0]}×{size[1]}": far(once(model, name, size), once(local, name, size))
+        for size in sizes(name)
+    }
+    allowed = dict.fromkeys(figures, BOUND)
     for case in CASES:
         expected = ksampler(local, name, case)
         figures[case[0]], allowed[case[0]] = far(ksampler(model, name, case), expected), BOUND

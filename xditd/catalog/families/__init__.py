@@ -6,14 +6,14 @@ that the daemon refuses before it asks the ranks. `family.py` says what such a m
 
 from __future__ import annotations
 
-from xditd.catalog.families import autoencoder_kl, clip, echo, flux, pixart, sd3, sdxl, t5
+from xditd.catalog.families import autoencoder_kl, clip, echo, flux, hunyuandit, pixart, sd3, sdxl, t5
 from xditd.catalog.families.family import Family
 from xditd.protocol.errors import Code, XditError
 
 FAMILIES: dict[str, Family] = {
-    module.name: module for module in (flux, sd3, pixart, sdxl, autoencoder_kl, clip, t5, echo)
+    module.name: module for module in (flux, sd3, pixart, hunyuandit, sdxl, autoencoder_kl, clip, t5, echo)
 }
-"""By name: "flux", "sd3", "pixart", "sdxl", "autoencoder_kl", "clip", "t5", "echo"."""
+"""By name: "flux", "sd3", "pixart", "hunyuandit", "sdxl", "autoencoder_kl", "clip", "t5", "echo"."""
 
 
 def family(name: str) -> Family:

@@ -27,7 +27,6 @@ LOOKALIKES: Rows = (
 OTHERS: Rows = (
     ("a Flux transformer in diffusers' layout", ("single_transformer_blocks.0.proj_mlp.weight", "x_embedder.weight")),
     ("an SD3 transformer in diffusers' layout", ("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight")),
-    ("a HunyuanDiT transformer", ("mlp_t5.0.weight",)),
     ("a Wan transformer", ("head.modulation", "blocks.0.cross_attn.q.weight")),
     ("a Qwen-Image transformer", ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")),
     ("a Z-Image or Lumina 2 transformer", ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight")),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from xditd.catalog import families
-from xditd.catalog.layouts import autoencoder_kl, flux, pixart, sd3, sdxl
+from xditd.catalog.layouts import autoencoder_kl, flux, hunyuandit, pixart, sd3, sdxl
 from xditd.catalog.layouts.piece import Piece
 
 
@@ -30,6 +30,7 @@ LAYOUTS = {
     "flux": Layout(flux.pieces, families.flux.parameters),
     "sd3": Layout(sd3.pieces, families.sd3.parameters),
     "pixart": Layout(pixart.pieces, families.pixart.parameters),
+    "hunyuandit": Layout(hunyuandit.pieces, families.hunyuandit.parameters),
     "sdxl": Layout(sdxl.pieces, families.sdxl.parameters),
     "autoencoder_kl": Layout(autoencoder_kl.pieces, families.autoencoder_kl.parameters),
 }
