@@ -9,15 +9,19 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.daemon.world import DEADLINES, REF, VAE, World
 from xditd.daemon.residency import Keep
 from xditd.daemon.scheduling import POLICIES
+from xditd.daemon.states import GROUP_ALIVE, GROUP_LOADED
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import XditError
+
+LIVING = ("starting", "leaving", *sorted(GROUP_LOADED))
+"""States of a group that has processes."""
 
 OTHER = m.ModelRef(kind="diffusion_models", name="other.safetensors")
 
 
 class Daemon(RuleBasedStateMachine):
-    """Clients ask, cancel and die; ranks answer, raise, hang and die; memory is short; the clock runs.
+    """Clients ask, cancel and die; ranks answer, raise, sleep, hang and die; memory is short; the clock runs.
 
     Of the four models in it, two fit into the memory at once, the one with replicas with one of them.
     """
@@ -30,7 +34,12 @@ class Daemon(RuleBasedStateMachine):
             places=3,
             queue=12,
             memory_total=20,
-            keep=Keep(usual=300.0, of={"vae/ae.safetensors": 0.0}),
+            keep=Keep(
+                usual=300.0,
+                of={"vae/ae.safetensors": 0.0},
+                awake_of={"diffusion_models/flux.safetensors": 3.0},
+            ),
+            host_free=50,
             patience=4.0,
         )
         self.requests: list[int] = []
@@ -82,6 +91,16 @@ class Daemon(RuleBasedStateMachine):
     def become_ready(self, data):
         self.world.ready(data.draw(st.sampled_from(self.groups("starting"))))
 
+    @precondition(lambda self: self.groups("dozing", "waking"))
+    @rule(data=st.data())
+    def ranks_rest(self, data):
+        group = data.draw(st.sampled_from(self.groups("dozing", "waking")))
+        self.world.rest(group, asleep=group.state == "dozing")
+
+    @rule(free=st.sampled_from([0, 50]))
+    def the_host_has_room_for_sleepers_or_not(self, free):
+        self.world.host_free = free
+
     @precondition(lambda self: any(run.asked is None and run.announced for run in self.runs()))
     @rule(data=st.data(), whole=st.booleans())
     def ask(self, data, whole):
@@ -104,10 +123,10 @@ class Daemon(RuleBasedStateMachine):
     def client_dies(self, peer):
         self.world.core.client_gone(peer, (1,), self.world.now)
 
-    @precondition(lambda self: self.groups("starting", "ready", "leaving"))
+    @precondition(lambda self: self.groups(*LIVING))
     @rule(data=st.data(), rank=st.integers(0, 1))
     def rank_dies(self, data, rank):
-        group = data.draw(st.sampled_from(self.groups("starting", "ready", "leaving")))
+        group = data.draw(st.sampled_from(self.groups(*LIVING)))
         self.world.die(group, rank % len(group.ranks))
 
     @precondition(lambda self: any(group.turn for group in self.groups("ready")))
@@ -129,10 +148,10 @@ class Daemon(RuleBasedStateMachine):
         if leaving:
             self.world.leave(data.draw(st.sampled_from(leaving)))
 
-    @precondition(lambda self: self.groups("waiting", "starting", "ready"))
+    @precondition(lambda self: self.groups(*GROUP_ALIVE))
     @rule(data=st.data(), force=st.booleans())
     def unload(self, data, force):
-        group = data.draw(st.sampled_from(self.groups("waiting", "starting", "ready")))
+        group = data.draw(st.sampled_from(self.groups(*GROUP_ALIVE)))
         try:
             self.world.core.unload([group], force, self.world.now)
         except XditError as error:
@@ -178,6 +197,19 @@ class Daemon(RuleBasedStateMachine):
                     or core.runs.count_on(g) >= self.world.places
                     for g in mine
                 )
+
+    @invariant()
+    def a_run_has_a_place_on_groups_that_are_awake_alone(self):
+        for run in self.runs():
+            assert not run.group or self.world.group(run).state in ("ready", "leaving")
+
+    @invariant()
+    def the_roster_and_the_line_know_who_is_where(self):
+        runs = self.world.core.runs
+        assert {run.id for run in runs.queued} == {run.id for run in self.runs() if run.state == "queued"}
+        for group in self.world.core.fleet.groups.values():
+            assert {r.id for r in runs.on(group)} == {r.id for r in self.runs() if r.group == group.name}
+        assert runs.clients() == {run.peer for run in self.runs()}
 
     @invariant()
     def no_device_stands_idle_while_a_run_could_have_it(self):

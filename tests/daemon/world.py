@@ -12,7 +12,7 @@ from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fleet import Deadlines
 from xditd.daemon.groups import Group, Restarts
-from xditd.daemon.ports import Memory
+from xditd.daemon.ports import HOST, Memory
 from xditd.daemon.residency import Keep, Residency
 from xditd.daemon.runs import Key, Run
 from xditd.protocol import messages as m
@@ -51,6 +51,9 @@ class World:
     queue: int = 256
     memory_total: int | None = None  # bytes that models may take; None: not counted
     memory_others: int = 0  # of it, that other programs hold
+    host_free: int | None = (
+        None  # bytes of the machine's memory, of 100, for models that sleep; None: not counted
+    )
     keep: Keep = field(default_factory=Keep)
     patience: float = 30.0
     weights: dict[str, float] = field(default_factory=dict)
@@ -96,6 +99,8 @@ class World:
 
     def memory(self, pool: str) -> Memory | None:
         """What is free by the device: groups hold what they were counted with, from their start to their end."""
+        if pool == HOST:
+            return None if self.host_free is None else Memory(100, self.host_free)
         if self.memory_total is None:
             return None
         groups = self.core.fleet.groups.values()
@@ -156,6 +161,12 @@ class World:
         for rank in group.ranks:
             report = o.RankReady(rank=rank.rank, seconds=1.0, device_memory=None, attention="")
             self.core.fleet.rank_ready(group, report, self.now)
+
+    def rest(self, group: Group, *, asleep: bool) -> None:
+        """Its ranks have done what they were told: they sleep, or are awake."""
+        for rank in group.ranks:
+            report = o.RankRested(rank=rank.rank, asleep=asleep, seconds=0.1, device_memory=None)
+            self.core.fleet.rank_rested(group, report, self.now)
 
     def denoise(self, run: Run) -> int:
         item = m.DenoiseItem(x=LATENT, t=(1.0,), conditioning="c")

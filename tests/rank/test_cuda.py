@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rank.ranks import framed, running
+from tests.rank.ranks import framed, running, tensor_of
 from tests.rank.reference import Reference, error
 from xditd.models.making import flux_facts, make_flux
 from xditd.protocol import orders
@@ -126,3 +126,63 @@ def test_a_sample_and_its_preview_come_back_from_the_gpu(tmp_path: Path) -> None
         assert outputs[0].shape == noise.shape
         assert outputs[0].isfinite().all()
         assert 0.1 < outputs[0].std() < 10
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_weights_that_sleep_leave_the_gpu_and_wake_to_the_same_bits(
+    tmp_path: Path, compiled: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the device says, not what torch says: a context and a few buffers stay."""
+    path = make_flux(
+        tmp_path / "flux.safetensors", heads=16, head_dim=128, context_width=256, pooled_width=64
+    )
+    weights = path.stat().st_size
+    with running(tmp_path / "r", path=path, device="cuda", dtype="bfloat16", compiled=compiled) as ranks:
+
+        def step(number: int) -> torch.Tensor:
+            ranks.condition(number, "c", conditioning(77), guidance=3.5)
+            (x,), frames = framed([torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(1))])
+            item = DenoiseItem(x=x, t=(0.7,), conditioning="c")
+            order = orders.TurnDenoise(order=number, run=number, items=(item,))
+            ranks.send(order, *frames)
+            done, inline = ranks.wait(orders.TurnDone, 300)
+            ranks.send(orders.ForgetRun(run=number))
+            return tensor_of(done.outputs[0], inline)
+
+        def rest(order: orders.Order) -> orders.RankRested:
+            ranks.send(order)
+            return ranks.wait(orders.RankRested)[0]
+
+        before = step(1)
+        step(2)
+        awake = torch.cuda.mem_get_info()[0]
+        for number in (3, 4):  # once more: the host's memory was given back
+            slept = rest(orders.Sleep())
+            asleep = torch.cuda.mem_get_info()[0]
+            woken = rest(orders.Wake())
+            assert torch.equal(step(number), before)
+            assert asleep - awake > 0.9 * weights
+            assert slept.device_memory is not None
+            assert woken.device_memory is not None
+            assert slept.device_memory < 0.2 * weights < woken.device_memory
+    with capsys.disabled():
+        print(
+            f"\n  {weights >> 20} MiB: asleep after {slept.seconds:.2f} s, awake after {woken.seconds:.2f} s, "
+            f"{(asleep - awake) >> 20} MiB free meanwhile"
+        )
+
+
+def test_all_weights_are_pinned_while_they_sleep(tmp_path: Path) -> None:
+    from xditd.models.families import load
+
+    path = make_flux(tmp_path / "flux.safetensors", **SHAPE)
+    network = load("flux", path, "transformer", torch.device("cuda:0"), torch.bfloat16)
+    before = {name: value.clone() for name, value in network.backbone.state_dict().items()}
+    network.weights.sleep()
+    place = network.weights._place
+    assert place._pinned
+    assert place._host.is_pinned()
+    assert all(value.untyped_storage().nbytes() == 0 for value in network.backbone.parameters())
+    network.weights.wake()
+    assert place._host is None
+    assert all(torch.equal(value, before[name]) for name, value in network.backbone.state_dict().items())

@@ -26,6 +26,7 @@ PHASES = {
     "importing": "ranks import torch and xfuser",
     "joining": "ranks join their world",
     "loading": "ranks load the model",
+    "waking": "ranks wake the model",
 }
 """What a `queued` event's phase means, in the order of their coming."""
 

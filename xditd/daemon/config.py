@@ -30,6 +30,9 @@ Seconds = Annotated[float, Meta(gt=0, le=7 * 86400, extra={"unit": "seconds"})]
 Keeping = Annotated[float, Meta(ge=0, extra={"unit": "keep"})]
 """Seconds that a model stays unused; a file may also say "10min", "forever" or "never"."""
 
+Awake = Annotated[float, Meta(ge=0, extra={"unit": "sleep"})]
+"""Seconds after which a model goes to sleep; a file may also say "10min" or "never"."""
+
 Weight = Annotated[float, Meta(gt=0, le=1e6)]
 
 FilePath = Annotated[str, Meta(max_length=4096, extra={"unit": "path"})]
@@ -102,6 +105,10 @@ class Models(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     preload: tuple[Preload, ...] = ()
     keep_alive: Keeping = math.inf  # how long a model stays that no run uses, unless its room is needed
     keep_alive_of: dict[str, Keeping] = field(default_factory=dict)  # the same by "kind/name"
+    sleep_after: Awake = (
+        math.inf
+    )  # how long one stays on its devices that no run uses, before it sleeps in host memory
+    sleep_after_of: dict[str, Awake] = field(default_factory=dict)  # the same by "kind/name"
     patience: Seconds = 30.0  # a model that waits for room, until those in use make it
 
 

@@ -1,7 +1,7 @@
 """A TOML file and a struct that says what may be in it: units resolved, misspelt keys refused.
 
 Knows nothing of what the keys mean. A struct's field asks for a unit through `Meta(extra={"unit": …})`:
-"bytes", "seconds", "keep" (seconds, "forever" or "never") or "path".
+"bytes", "seconds", "keep" (seconds, "forever" or "never"), "sleep" (seconds or "never") or "path".
 """
 
 from __future__ import annotations
@@ -144,6 +144,8 @@ class _Reading:
             return parse_seconds(text)
         if unit == "keep":
             return _KEEP[text] if text in _KEEP else parse_seconds(text)
+        if unit == "sleep":
+            return math.inf if text == "never" else parse_seconds(text)
         return str(self.base / Path(text).expanduser()) if text else ""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from xditd.daemon.ports import Memory
+from xditd.daemon.ports import HOST, Memory
 from xditd.protocol.errors import Code, XditError
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,10 @@ class Memories:
         self._cpu = cpu
 
     def memory(self, pool: str) -> Memory | None:
-        """Of a GPU by its name, of all CPU ranks by "cpu"; None where it is not counted."""
+        """Of a GPU by its name, of all CPU ranks by "cpu", of the machine by `HOST`; None where it is not counted."""
+        if pool == HOST:
+            machine = psutil.virtual_memory()
+            return Memory(int(machine.total), int(machine.available))
         if pool == "cpu":
             return Memory(self._cpu, int(psutil.virtual_memory().available)) if self._cpu else None
         told = self._told(pool)

@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any
 
 from xditd.catalog.catalog import Found, FoundLora
+from xditd.daemon import states
 from xditd.daemon.fleet import LOST, Deadlines, Fleet
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.jobs import Jobs
@@ -184,7 +185,7 @@ class Dispatcher:
         self.turns.forget_client(peer)
         if segments:
             for group in self.fleet.groups.values():
-                if group.state == "ready":  # in line after any turn that still uses them
+                if group.state in states.GROUP_LOADED:  # in line after any turn that still uses them
                     self.ranks.order(group, o.DropSegments(segments=segments))
         self.settle(now)
 
@@ -259,7 +260,11 @@ class Dispatcher:
 
     def group_ready(self, group: Group, now: float) -> None:
         self.noticed(group)
-        self.placing.experience.load(group.key, group.ready_after or 0.0)
+        if not group.slept:
+            self.placing.experience.load(group.key, group.ready_after or 0.0)
+
+    def group_asleep(self, group: Group, now: float) -> None:
+        self.noticed(group)
 
     def group_failed(self, group: Group, now: float) -> None:
         """Takes its runs back into the queue; another replica may take them at once.

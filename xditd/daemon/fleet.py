@@ -13,6 +13,7 @@ from itertools import count
 from typing import Protocol
 
 from xditd.catalog.catalog import Found
+from xditd.daemon import states
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.loads import Load, Loads
 from xditd.daemon.ports import ClientPort, RankPort
@@ -26,7 +27,7 @@ from xditd.protocol.errors import Code, XditError
 LOST = frozenset({Code.RANK_LOST.value, Code.DEADLINE_EXCEEDED.value})
 """Codes of a group whose ranks died or hung. Another group may well do what this one could not."""
 
-_NEAREST = ("ready", "starting", "waiting", "failed", "leaving", "gone")
+_NEAREST = ("ready", "waking", "asleep", "dozing", "starting", "waiting", "failed", "leaving", "gone")
 """States by how soon a group in them, or its replacement, serves."""
 
 
@@ -62,6 +63,9 @@ class Listener(Protocol):
 
     def group_ready(self, group: Group, now: float) -> None:
         """It serves from now on."""
+
+    def group_asleep(self, group: Group, now: float) -> None:
+        """Its ranks have given their devices' memory back."""
 
     def group_failed(self, group: Group, now: float) -> None:
         """It was killed; `group.code` and `group.problem` say why."""
@@ -150,10 +154,17 @@ class Fleet:
         group.left_at = now
         if before == "waiting":
             self._gone(group, now)
-        elif before == "ready":
+        elif before in states.GROUP_LOADED:
             self.ranks.order(group, o.Leave())
         else:
             self.ranks.kill(group)
+
+    def sleep(self, group: Group, now: float) -> None:
+        """Tells a group that no run uses to give its devices' memory back."""
+        group.go("sleep")
+        group.started, group.asked = now, None
+        group.slept += 1
+        self.ranks.order(group, o.Sleep())
 
     def close(self, now: float) -> None:
         """The daemon stops: every group leaves, and nothing starts any more."""
@@ -165,24 +176,28 @@ class Fleet:
                 self.leave(group, now)
 
     def admit(self, now: float) -> None:
-        """Starts groups that wait for room, in their order; where there is none, models that no run uses make it.
+        """Starts and wakes groups that wait for room, in their order; where there is none, models that no run uses make it.
 
         A group that waits in vain keeps those behind it out of the memory that it needs, and after a while
         (`Residency.patience`) has runs kept off the groups that are in its way: so it comes to its turn.
         """
-        waiting = [group for group in self.groups.values() if group.state == "waiting"]
+        waiting = [
+            group
+            for group in self.groups.values()
+            if group.state == "waiting" or (group.state == "asleep" and self._called(group))
+        ]
         spoken_for: set[str] = set()
         held: set[str] = set()
         for group in waiting:
             needs = set(self.residency.needs(group.found, group.key))
-            if not self.listener.wanted(group) and not self.loads.wants(group.key):
+            if group.asked is None:
+                group.asked = now
+            if group.state == "waiting" and not self._wanted(group):
                 self.leave(group, now)
             elif spoken_for.isdisjoint(needs):
                 verdict = self.residency.decide(group, list(self.groups.values()), self._in_use, now)
                 if verdict.fits:
-                    group.go("admit")
-                    group.started = now
-                    self.ranks.start(group)
+                    self._admit(group, now)
                     continue
                 if group.spare and not self.listener.depends(group):
                     del self.groups[group.name]
@@ -191,6 +206,8 @@ class Fleet:
                     self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now)
                     continue
                 held |= {one.name for one in verdict.hold}
+                for one in verdict.sleep:
+                    self.sleep(one, now)
                 for one in verdict.evict:
                     one.problem = f"Ended to make room for {group.ref.name}"
                     self.leave(one, now)
@@ -228,14 +245,23 @@ class Fleet:
         rank.device_memory = report.device_memory
         rank.attention = report.attention
         rank.weights = report.weights
-        if group.state != "starting" or not group.all_ready:
+        if group.state == "starting" and group.all_ready:
+            group.ready_after = now - group.started
+            self._ready(group, now)
+
+    def rank_rested(self, group: Group, report: o.RankRested, now: float) -> None:
+        """A rank sleeps, or is awake again."""
+        rank = group.ranks[report.rank]
+        if rank.gone:
             return
-        group.go("ranks_ready")
-        group.ready_after = now - group.started
-        group.used = now
-        self.loads.group_ready(self.groups.values(), now)
-        self.listener.group_ready(group, now)
-        self.listener.settle(now)
+        rank.phase = "asleep" if report.asleep else "ready"
+        rank.device_memory = report.device_memory
+        if group.state == "dozing" and group.all_asleep:
+            group.go("ranks_asleep")
+            self.listener.group_asleep(group, now)
+            self.listener.settle(now)
+        elif group.state == "waking" and group.all_ready:
+            self._ready(group, now)
 
     def rank_gone(self, group: Group, rank: int, how: str, now: float) -> None:
         """A rank process has ended. Unless it was told to, the group fails."""
@@ -272,7 +298,7 @@ class Fleet:
         """Deadlines of starting groups, of turns, of groups that should be gone."""
         limit = self.deadlines
         for group in list(self.groups.values()):
-            if group.state == "starting" and now - group.started > limit.load:
+            if group.state in ("starting", "dozing", "waking") and now - group.started > limit.load:
                 problem = f"It was not ready within {limit.load:g} s (deadlines.load): still {group.phase}"
                 self.fail(group, Code.DEADLINE_EXCEEDED, problem, now)
             elif group.state == "ready" and group.turn is not None:
@@ -291,8 +317,36 @@ class Fleet:
         for group in self.residency.expired(self.groups.values(), self._in_use, now):
             group.problem = f"No run used it for {self.residency.keep.seconds(group):g} s"
             self.leave(group, now)
+        while (sleepy := self.residency.sleepy(list(self.groups.values()), self._in_use, now)) is not None:
+            self.sleep(sleepy, now)
 
     # -------------------------------------------------------------------------------------------- inside
+
+    def _admit(self, group: Group, now: float) -> None:
+        """There is room for it."""
+        group.started, group.spare = now, False
+        if group.state == "asleep":
+            group.go("wake")
+            self.ranks.order(group, o.Wake())
+            self.loads.group_starting(group)
+            self.listener.group_starting(group, now)
+        else:
+            group.go("admit")
+            self.ranks.start(group)
+
+    def _ready(self, group: Group, now: float) -> None:
+        group.go("ranks_ready")
+        group.asked, group.used = None, now
+        self.loads.group_ready(self.groups.values(), now)
+        self.listener.group_ready(group, now)
+        self.listener.settle(now)
+
+    def _wanted(self, group: Group) -> bool:
+        return self.listener.wanted(group) or self.loads.wants(group.key)
+
+    def _called(self, group: Group) -> bool:
+        """Whether somebody waits for one that sleeps."""
+        return self.listener.uses(group) or self.loads.wants(group.key)
 
     def _find(self, key: Key) -> Group | None:
         """The group for a key that serves, or will soonest."""

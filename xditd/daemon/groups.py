@@ -61,6 +61,8 @@ class Group:
     restart_at: float | None = None  # monotonic seconds when a gone group's next generation starts
     loras: tuple[Merge, ...] = ()  # that its weights have merged
     used: float = 0.0  # monotonic seconds of the last turn or binding
+    asked: float | None = None  # monotonic seconds since when it waits for room
+    slept: int = 0  # how often it was put to sleep
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -80,14 +82,20 @@ class Group:
     @property
     def phase(self) -> str:
         """The phase of the slowest rank: what people wait for."""
-        if self.state == "waiting":
+        if self.state in ("waiting", "dozing", "asleep"):  # for room, in which to start or to wake
             return "waiting"
+        if self.state == "waking":
+            return "waking"
         known = [PHASES.index(r.phase) for r in self.ranks if r.phase in PHASES]
         return PHASES[min(known)] if known else "starting"
 
     @property
     def all_ready(self) -> bool:
         return all(rank.phase == "ready" for rank in self.ranks)
+
+    @property
+    def all_asleep(self) -> bool:
+        return all(rank.phase == "asleep" for rank in self.ranks)
 
     @property
     def all_gone(self) -> bool:

@@ -74,6 +74,10 @@ class Metrics:
         self._failures = counter("failures", "Requests that were answered with failed, by code.", "code")
         self._group_failures = counter("group_failures", "Groups that failed, by code.", "code")
         self._restarts = counter("group_restarts", "Groups that were started again after a failure.")
+        self._rests = {
+            "asleep": counter("group_sleeps", "Times that a group went to sleep in host memory."),
+            "waking": counter("group_wakes", "Times that one was woken."),
+        }
         self._bytes = counter(
             "handoff_bytes",
             "Bytes of tensors from and to clients, by direction (in, out) and way (memory, frames).",
@@ -112,6 +116,8 @@ class Metrics:
             self._group_failures.labels(_known(group.code)).inc()
         elif group.state == "starting" and group.generation > 1:
             self._restarts.inc()
+        elif group.state in self._rests:
+            self._rests[group.state].inc()
 
     def turn(self, work: Work, seconds: float) -> None:
         self._steps.labels(work.__struct_config__.tag).observe(seconds)

@@ -60,7 +60,7 @@ class Placing:
             if run.state != "queued" or run.announced:
                 continue
             mine = [group for group in groups if group.key in run.keys]
-            starting = next((group for group in mine if group.state == "starting"), None)
+            starting = next((group for group in mine if group.state in ("starting", "waking")), None)
             told = positions[run.id], starting.phase if starting is not None else "waiting"
             if run.told != told:
                 run.told = told

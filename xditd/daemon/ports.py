@@ -10,6 +10,9 @@ from msgspec import Struct
 
 from xditd.daemon.groups import Group
 
+HOST = "host"
+"""The pool of memory that is the machine's own, whichever devices it has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -23,7 +26,7 @@ class MemoryPort(Protocol):
     """The way to what devices say of their memory."""
 
     def memory(self, pool: str) -> Memory | None:
-        """Of a GPU by its name, of all CPU ranks by "cpu"; None where it is not counted."""
+        """Of a GPU by its name, of all CPU ranks by "cpu", of the machine by `HOST`; None where it is not counted."""
 
 
 class ClientPort(Protocol):

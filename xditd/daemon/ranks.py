@@ -87,8 +87,9 @@ class Ranks:
     def order(
         self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()
     ) -> None:
-        if isinstance(order, o.Leave):
+        if isinstance(order, (o.Leave, *o.RESTS)):
             self.dispatcher.noticed(group)
+        if isinstance(order, o.Leave):
             why = f" {group.problem}." if group.problem else ""
             log.info("%s leaves.%s", group.ref.name, why, extra={"group": group.name})
         try:
@@ -153,6 +154,12 @@ class Ranks:
             self.dispatcher.turn_done(group, report, frames, now)
         elif isinstance(report, o.RankPhase):
             self.dispatcher.fleet.rank_phase(group, report, now)
+        elif isinstance(report, o.RankRested):
+            self.dispatcher.fleet.rank_rested(group, report, now)
+            if group.state == ("asleep" if report.asleep else "ready"):
+                done = "sleeps in the host's memory" if report.asleep else "is awake again"
+                extra = {"group": group.name, "generation": group.generation, "done": True}
+                log.info("%s %s after %.1f s.", group.ref.name, done, report.seconds, extra=extra)
         elif isinstance(report, o.RankReady):
             self.dispatcher.fleet.rank_ready(group, report, now)
             if group.state == "ready":

@@ -11,16 +11,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from xditd.catalog.catalog import Found
+from xditd.daemon import states
 from xditd.daemon.groups import Group
-from xditd.daemon.ports import Memory, MemoryPort
+from xditd.daemon.ports import HOST, Memory, MemoryPort
 from xditd.daemon.runs import Key
 from xditd.protocol.tensors import ITEMSIZE
 
 SETTLE = 5.0
 """Seconds after which memory that nobody of ours holds is taken to be another program's."""
 
-HOLDING = frozenset({"starting", "ready", "leaving", "failed"})
-"""States of a group whose processes may hold memory."""
+HOLDING = frozenset({"starting", "ready", "dozing", "waking", "leaving", "failed"})
+"""States of a group whose processes may hold memory of a device; one that is asleep has given it back."""
+
+IDLING = frozenset({"starting", "ready", "waking"})
+"""Those in which it can be ended for another, where no run uses it."""
+
+LEFT_TO_OTHERS = 0.1
+"""Share of the machine's memory that sleeping models leave free, whatever else they would take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +36,14 @@ class Keep:
 
     usual: float = math.inf
     of: Mapping[str, float] = field(default_factory=dict)  # by "kind/name"
+    awake: float = math.inf  # how long on its devices, before it goes to sleep; `math.inf`: it never does
+    awake_of: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, group: Group) -> float:
         return self.of.get(f"{group.ref.kind}/{group.ref.name}", self.usual)
+
+    def seconds_awake(self, group: Group) -> float:
+        return self.awake_of.get(f"{group.ref.kind}/{group.ref.name}", self.awake)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +53,14 @@ class Verdict:
     Attributes:
         fits: it may start.
         evict: groups to end for it, which no run uses.
+        sleep: groups to put to sleep for it, which no run uses.
         hold: groups that runs use and that it needs gone: none of them takes another run, if it has waited for long.
         never: why it can not have room, as a sentence; "" where it may.
     """
 
     fits: bool = False
     evict: tuple[Group, ...] = ()
+    sleep: tuple[Group, ...] = ()
     hold: tuple[Group, ...] = ()
     never: str = ""
 
@@ -98,7 +112,8 @@ class Residency:
     def decide(
         self, group: Group, groups: Sequence[Group], in_use: Callable[[Group], bool], now: float
     ) -> Verdict:
-        """Whether a group that waits has room, and who is to make some."""
+        """Whether a group that waits, or that is to wake, has room, and who is to make some."""
+        since = group.started if group.asked is None else group.asked
         evict: list[Group] = []
         hold: list[Group] = []
         coming = False  # memory that is on its way back
@@ -110,26 +125,59 @@ class Residency:
             lacking: float = needed - self._room(memory, there, where)
             if lacking <= 0:
                 continue
-            leaving = [one for one in there if one.state in ("leaving", "failed")]
+            leaving = [one for one in there if one.state in ("leaving", "failed", "dozing")]
             coming = coming or bool(leaving)
             lacking -= sum(self._back(one, where) for one in (*leaving, *evict))
             lacking = self._take(lacking, [g for g in there if not in_use(g)], where, evict, now)
-            busy = [g for g in there if in_use(g) and g.state in ("starting", "ready")]
-            if lacking > 0 and not busy and not evict and not leaving and now - group.started > SETTLE:
+            busy = [g for g in there if in_use(g) and g.state in IDLING]
+            if lacking > 0 and not busy and not evict and not leaving and now - since > SETTLE:
                 return Verdict(
                     never=f"{group.found.info.name} needs {_gib(needed)} on {where}, {_gib(lacking)} more than is "
                     f"free; another program holds the rest"
                 )
             self._take(lacking, busy, where, hold, now)
             coming = coming or lacking > 0
-        held = tuple(hold) if now - group.started > self.patience else ()
-        return Verdict(fits=not evict and not hold and not coming, evict=tuple(evict), hold=held)
+        held = tuple(hold) if now - since > self.patience else ()
+        fits = not evict and not hold and not coming
+        sleep: list[Group] = []
+        for one in evict:
+            if self.may_sleep(one, groups, sleep):
+                sleep.append(one)
+        ended = tuple(one for one in evict if one not in sleep)
+        return Verdict(fits=fits, evict=ended, sleep=tuple(sleep), hold=held)
 
     def expired(self, groups: Iterable[Group], in_use: Callable[[Group], bool], now: float) -> list[Group]:
         """Groups that no run has used for as long as they are to be kept."""
+        kept = states.GROUP_LOADED
         return [
-            g for g in groups if g.state == "ready" and now - g.used >= self.keep.seconds(g) and not in_use(g)
+            g for g in groups if g.state in kept and now - g.used >= self.keep.seconds(g) and not in_use(g)
         ]
+
+    def sleepy(self, groups: Sequence[Group], in_use: Callable[[Group], bool], now: float) -> Group | None:
+        """A group that no run has used for as long as it is to be awake, and for which there is room to sleep in."""
+        idle = (g for g in groups if now - g.used >= self.keep.seconds_awake(g) and not in_use(g))
+        return next((g for g in idle if self.may_sleep(g, groups)), None)
+
+    def may_sleep(self, group: Group, groups: Iterable[Group], besides: Sequence[Group] = ()) -> bool:
+        """Whether it is one that sleeps, and the host's memory has room for its weights.
+
+        Args:
+            besides: that are about to be told to sleep too.
+        """
+        if group.state != "ready" or math.isinf(self.keep.seconds_awake(group)):
+            return False
+        host = self.memory.memory(HOST)
+        if host is None:
+            return True
+        coming = (*besides, *(one for one in groups if one.state == "dozing"))
+        taken = sum(self.host_bytes(one) for one in (group, *coming))
+        return host.free - taken >= LEFT_TO_OTHERS * host.total
+
+    def host_bytes(self, group: Group) -> int:
+        """Bytes of the host's memory that a group takes when it sleeps: a CPU's ranks go back to the file's pages."""
+        margins = self.margin * len(group.devices)
+        needs = self.needs(group.found, group.key)
+        return max(0, sum(needs.values()) - margins) if "cpu" not in needs else 0
 
     def to_free(
         self,
@@ -140,9 +188,19 @@ class Residency:
         now: float,
     ) -> list[Group]:
         """Groups to end so that each device gets so many bytes back, or all that can be where `nbytes` is 0."""
-        idle = [group for group in groups if group.state in ("starting", "ready") and not in_use(group)]
+        groups = list(groups)
+        idle = [group for group in groups if group.state in IDLING and not in_use(group)]
+        pools = dict.fromkeys(pool(device) for device in devices)
         chosen: list[Group] = []
-        for where in dict.fromkeys(pool(device) for device in devices):
+        if not nbytes:  # all is all: what sleeps has the host's memory, and something of the device's
+            chosen += [
+                g
+                for g in groups
+                if g.state == "asleep"
+                and not in_use(g)
+                and any(pool(device) in pools for device in g.devices)
+            ]
+        for where in pools:
             wanted: float = nbytes or math.inf
             self._take(wanted - sum(self._back(one, where) for one in chosen), idle, where, chosen, now)
         return chosen
@@ -171,7 +229,7 @@ class Residency:
         for group in sorted(groups, key=lambda one: -worthless(one, now)):
             if lacking <= 0:
                 break
-            if group.state in ("starting", "ready") and group not in into and self._of(group, where):
+            if group.state in IDLING and group not in into and self._of(group, where):
                 taken.append(group)
                 lacking -= self._back(group, where)
         for group in list(taken):  # a small one that a large one made unnecessary stays

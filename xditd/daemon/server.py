@@ -245,7 +245,7 @@ def _residency(memories: Memories, config: Config) -> Residency:
     models = config.models
     return Residency(
         memories,
-        Keep(models.keep_alive, models.keep_alive_of),
+        Keep(models.keep_alive, models.keep_alive_of, models.sleep_after, models.sleep_after_of),
         margin=config.devices.activation_memory,
         patience=models.patience,
     )

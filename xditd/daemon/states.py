@@ -5,6 +5,7 @@ raises `IllegalTransition` and changes nothing. The daemon's life, seen from out
 
     daemon   starting → serving → draining → stopping
     group    waiting → starting → ready → leaving → gone,   or → failed → gone from anywhere before
+                                  ready → dozing → asleep → waking → ready
     run      queued → bound ⇄ working → ended,       and back to queued when its group dies
 """
 
@@ -34,8 +35,19 @@ GROUP: Table = {
     ("starting", "fail"): "failed",
     ("starting", "leave"): "leaving",
     # It serves turns.
+    ("ready", "sleep"): "dozing",
     ("ready", "fail"): "failed",
     ("ready", "leave"): "leaving",
+    # No run uses it: its ranks give the device's memory back and keep their weights, and take it again for the next run.
+    ("dozing", "ranks_asleep"): "asleep",
+    ("dozing", "fail"): "failed",
+    ("dozing", "leave"): "leaving",
+    ("asleep", "wake"): "waking",
+    ("asleep", "fail"): "failed",
+    ("asleep", "leave"): "leaving",
+    ("waking", "ranks_ready"): "ready",
+    ("waking", "fail"): "failed",
+    ("waking", "leave"): "leaving",
     # Its ranks were told to leave; a rank that does not is killed.
     ("leaving", "fail"): "leaving",
     ("leaving", "leave"): "leaving",
@@ -60,8 +72,11 @@ RUN: Table = {
     ("working", "end"): "ended",
 }
 
-GROUP_ALIVE = frozenset({"waiting", "starting", "ready"})
+GROUP_ALIVE = frozenset({"waiting", "starting", "ready", "dozing", "asleep", "waking"})
 """States in which runs may wait for a group or be bound to it."""
+
+GROUP_LOADED = frozenset({"ready", "dozing", "asleep", "waking"})
+"""States in which its ranks have the model and take orders."""
 
 RUN_OVER = frozenset({"ended"})
 

@@ -16,6 +16,7 @@ from xditd.models.lora import Loras
 from xditd.models.reading import WeightFile
 from xditd.models.splits import Cut, Divide
 from xditd.models.tokens import Tokens
+from xditd.models.weights import Weights
 from xditd.protocol.errors import Code, XditError
 
 
@@ -81,7 +82,7 @@ def load(
         divide: what leaves a rank its share of a transformer; None loads the whole.
 
     Returns:
-        A `Transformer`, a `vae.network.Autoencoder` or a `text.TextEncoder`.
+        A `Transformer`, a `vae.network.Autoencoder` or a `text.TextEncoder`, with its `weights`.
 
     Raises:
         XditError: `unknown_family`, `file_invalid` and what else `catalog` finds wrong with the file.
@@ -102,5 +103,6 @@ def load(
             loaded = network.load(file, found.facts, prefix, device, dtype, *shared)
             if row.part == "transformer":
                 loaded.loras = Loras(file, name, found.facts, device, dtype)
+            loaded.weights = Weights(file, device)
             return loaded
     raise XditError(Code.FILE_INVALID, f"{file.header.name} holds no {name}; choose the model's own file.")

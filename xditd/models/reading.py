@@ -6,6 +6,8 @@ ranks of one machine share it and hold no copy; on a GPU it goes there through t
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,6 +70,16 @@ class WeightFile:
         # until then, as the kernel copies a page at the first write only.
         storage: Any = torch.UntypedStorage.from_file(os.fspath(path), False, self.header.bytes)
         self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a view of the mapping."""
+        return tensor.untyped_storage().data_ptr() == self._bytes.data_ptr()
+
+    def let_go(self) -> None:
+        """Takes the mapping's pages out of this process: they are in the page cache, and come back when they are read."""
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(self._bytes.data_ptr()), ctypes.c_size_t(self._bytes.numel()), mmap.MADV_DONTNEED
+        )
 
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor, on the CPU, in the file's dtype; a view of the mapping."""

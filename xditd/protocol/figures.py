@@ -44,7 +44,7 @@ class RankStatus(Struct, frozen=True, kw_only=True):
     rank: int
     pid: int
     device: str
-    phase: str  # "starting", "importing", "joining", "loading", "ready", "gone"
+    phase: str  # "starting", "importing", "joining", "loading", "ready", "asleep", "gone"
     rss: int | None = None  # bytes of host memory
     device_memory: int | None = None  # bytes that torch reserves on its device
     attention: str = ""  # attention backend

@@ -135,6 +135,14 @@ class DropSegments(Struct, frozen=True, kw_only=True, tag="drop_segments", tag_f
     segments: tuple[int, ...]
 
 
+class Sleep(Struct, frozen=True, kw_only=True, tag="sleep", tag_field="type"):
+    """Give the device's memory back and keep the weights; no run is on the group. Answered by `rank_rested`."""
+
+
+class Wake(Struct, frozen=True, kw_only=True, tag="wake", tag_field="type"):
+    """Take the weights back to the device. Answered by `rank_rested`."""
+
+
 class Leave(Struct, frozen=True, kw_only=True, tag="leave", tag_field="type"):
     """End the process, exit code 0."""
 
@@ -150,11 +158,15 @@ Order = Union[
     TurnEncodeText,
     ForgetRun,
     DropSegments,
+    Sleep,
+    Wake,
     Leave,
 ]
 ORDERS = tags(Order)
 
 TURNS = (TurnDenoise, TurnSample, TurnDecode, TurnEncode, TurnEncodeText)
+
+RESTS = (Sleep, Wake)
 
 AFTER = struct.Struct("<Q")
 """Before an order on a lane: how many orders come before it by ZeroMQ, counted from the rank's start."""
@@ -181,6 +193,15 @@ class RankReady(Struct, frozen=True, kw_only=True, tag="rank_ready", tag_field="
     weights: int = 0  # bytes of the model's parameters that this rank holds
 
 
+class RankRested(Struct, frozen=True, kw_only=True, tag="rank_rested", tag_field="type"):
+    """The rank sleeps, or is awake again."""
+
+    rank: int
+    asleep: bool
+    seconds: float  # that it took
+    device_memory: int | None
+
+
 class TurnDone(Struct, frozen=True, kw_only=True, tag="turn_done", tag_field="type"):
     """From rank 0 alone. Frames follow for outputs that have no slot.
 
@@ -205,5 +226,5 @@ class RankFailed(Struct, frozen=True, kw_only=True, tag="rank_failed", tag_field
     alive: bool
 
 
-Report = Union[RankPhase, RankReady, TurnDone, RankFailed]
+Report = Union[RankPhase, RankReady, RankRested, TurnDone, RankFailed]
 REPORTS = tags(Report)

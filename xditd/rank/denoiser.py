@@ -20,6 +20,7 @@ from xditd.rank.answers import Answer, Handlers
 from xditd.rank.cfg import Call, CfgParallel
 from xditd.rank.device import Device
 from xditd.rank.places import Frames
+from xditd.rank.rest import resting
 from xditd.rank.sampling import Sampling
 from xditd.rank.transfer import Transfer
 
@@ -61,6 +62,7 @@ class Denoiser:
             orders.TurnSample: self.sample,
             orders.ForgetRun: self.forget,
             orders.DropSegments: lambda order, frames: transfer.drop(order.segments),
+            **resting(network, device),
         }
 
     def set_loras(self, order: orders.SetLoras, frames: Frames) -> None:

@@ -32,6 +32,12 @@ class Device:
         self._told = now
         return torch.cuda.memory_reserved(self.torch)
 
+    def settle(self) -> None:
+        """Weights have come or gone: what torch keeps for later is given back, and the memory is told when next asked."""
+        self._told = -MEMORY_EVERY
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
     def usable(self) -> bool:
         """Whether it still computes. After most CUDA errors a process's context never does again."""
         if not self.is_cuda:

@@ -36,6 +36,8 @@ class Echo:
             orders.TurnEncode: lambda order, frames: self.convert(order.image, order.out, frames),
             orders.ForgetRun: self.forget,
             orders.DropSegments: lambda order, frames: places.drop(order.segments),
+            orders.Sleep: lambda order, frames: None,
+            orders.Wake: lambda order, frames: None,
         }
 
     def device_memory(self) -> int | None:

@@ -1,7 +1,7 @@
 """Faults on demand, for tests: how a rank dies, hangs, fails or dawdles when `RankSpec.options` says so.
 
 Without options it does nothing. The options, all strings:
-- `crash_at_load`, `hang_at_load`, `fail_at_load`: any value.
+- `crash_at_load`, `hang_at_load`, `fail_at_load`; `crash_at_wake`, `hang_at_wake`, `fail_at_wake`: any value.
 - `crash_at_order`, `hang_at_order`, `exit_at_order`, `fail_at_order`, `oom_at_order`: at which turn of this process,
   counted from 1.
 - `only_rank`: the one rank that has the fault; all have it without.
@@ -28,6 +28,10 @@ class Faults:
     def at_load(self) -> None:
         """Called before the model is loaded."""
         self._strike("at_load", lambda value: True)
+
+    def at_wake(self) -> None:
+        """Called before the model is woken."""
+        self._strike("at_wake", lambda value: True)
 
     def at_turn(self) -> None:
         """Called before a turn."""

@@ -64,6 +64,8 @@ class Loop:
             try:
                 if isinstance(order, orders.TURNS):
                     self._turn(order, frames)
+                elif isinstance(order, orders.RESTS):
+                    self._rest(order, frames)
                 else:
                     self._do(order, frames)
             except Exception as error:  # the outermost loop: whatever it is, it is told, and decided on
@@ -88,6 +90,19 @@ class Loop:
             if answer.frames or self._lane is None or not self._lane.send(encode(done)):
                 report(self._socket, done, answer.frames)
 
+    def _rest(self, order: Any, frames: list[Any]) -> None:
+        begun = time.perf_counter()
+        if isinstance(order, orders.Wake):
+            self._faults.at_wake()
+        self._do(order, frames)
+        rested = orders.RankRested(
+            rank=self._spec.rank,
+            asleep=isinstance(order, orders.Sleep),
+            seconds=time.perf_counter() - begun,
+            device_memory=self._worker.device_memory(),
+        )
+        report(self._socket, rested)
+
     def _do(self, order: Any, frames: list[Any]) -> Any:
         handler = self._worker.handlers.get(type(order))
         if handler is None:
@@ -102,7 +117,10 @@ class Loop:
         """Tells of the exception where it is due. Whether this process serves on."""
         told = failed(self._spec.rank, error, getattr(order, "order", None), alive=False)
         traceback.clear_frames(error.__traceback__)  # they hold tensors, perhaps all that memory lacked
-        alive = is_refusal(error) or (self._spec.world == 1 and self._worker.usable())
+        # Who knows where weights are that went half of the way?
+        alive = not isinstance(order, orders.RESTS) and (
+            is_refusal(error) or (self._spec.world == 1 and self._worker.usable())
+        )
         if alive and not isinstance(order, orders.TURNS) and hasattr(order, "run"):
             self._owed[order.run] = error
             return True

@@ -8,6 +8,7 @@ from xditd.protocol import orders
 from xditd.rank.answers import Answer, Handlers
 from xditd.rank.device import Device
 from xditd.rank.places import Frames
+from xditd.rank.rest import resting
 from xditd.rank.transfer import Transfer
 
 
@@ -32,6 +33,7 @@ class Text:
             orders.TurnEncodeText: self.encode,
             orders.ForgetRun: lambda order, frames: None,
             orders.DropSegments: lambda order, frames: transfer.drop(order.segments),
+            **resting(network, device),
         }
 
     def encode(self, order: orders.TurnEncodeText, frames: Frames) -> Answer:

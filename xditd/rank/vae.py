@@ -8,6 +8,7 @@ from xditd.protocol import orders
 from xditd.rank.answers import Answer, Handlers
 from xditd.rank.device import Device
 from xditd.rank.places import Frames
+from xditd.rank.rest import resting
 from xditd.rank.transfer import Transfer
 
 
@@ -33,6 +34,7 @@ class Vae:
             orders.TurnEncode: self.encode,
             orders.ForgetRun: lambda order, frames: None,
             orders.DropSegments: lambda order, frames: transfer.drop(order.segments),
+            **resting(network, device),
         }
 
     def decode(self, order: orders.TurnDecode, frames: Frames) -> Answer:

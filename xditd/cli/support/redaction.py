@@ -14,7 +14,7 @@ PUBLIC = frozenset(
         "devices.kind", "devices.use", "devices.cpu_ranks", "devices.threads", "devices.reserve_memory",
         "devices.activation_memory", "devices.cpu_memory", "devices.weights",
         "models.comfyui", "models.extra_model_paths", "models.folders", "models.follow_symlinks", "models.preload",
-        "models.keep_alive", "models.keep_alive_of", "models.patience",
+        "models.keep_alive", "models.keep_alive_of", "models.sleep_after", "models.sleep_after_of", "models.patience",
         "arena.first_bytes", "arena.per_client_bytes", "arena.total_bytes",
         "limits.runs_per_client", "limits.queue", "limits.clients", "limits.runs_per_group",
         "deadlines.load", "deadlines.first_turn", "deadlines.turn", "deadlines.run_idle", "deadlines.stop",

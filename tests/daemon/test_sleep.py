@@ -1,0 +1,220 @@
+"""A model that nobody uses sleeps in the host's memory, and the next run wakes it."""
+
+from __future__ import annotations
+
+from tests.daemon.world import VAE, World
+from xditd.daemon.groups import Group
+from xditd.daemon.residency import Keep
+from xditd.protocol import messages as m
+from xditd.protocol import orders as o
+
+GPU = ("cuda:0",)
+TEN = Keep(awake=10.0)
+
+
+def idle(**arguments) -> tuple[World, Group]:
+    """A model that sleeps after ten seconds, and that no run uses any more."""
+    world = World(devices=GPU, **{"keep": TEN, **arguments})
+    run = world.open_ready()
+    group = world.group(run)
+    world.core.stop(run, "done", world.now)
+    return world, group
+
+
+def asleep(**arguments) -> tuple[World, Group]:
+    world, group = idle(**arguments)
+    world.pass_time(11.0)
+    world.rest(group, asleep=True)
+    assert group.state == "asleep"
+    return world, group
+
+
+def told(world: World, group: Group, kind: type) -> int:
+    return sum(isinstance(order, kind) for name, order in world.orders if name == group.name)
+
+
+def test_who_is_not_used_for_long_enough_is_put_to_sleep_and_the_next_run_wakes_it():
+    world, group = idle()
+    world.pass_time(9.0)
+    assert group.state == "ready"
+    world.pass_time(2.0)
+    assert (group.state, told(world, group, o.Sleep)) == ("dozing", 1)
+    world.rest(group, asleep=True)
+    world.pass_time(100.0)
+    assert (group.state, told(world, group, o.Sleep)) == ("asleep", 1)
+    run = world.open()
+    assert (group.state, told(world, group, o.Wake)) == ("waking", 1)
+    assert [event.phase for event in world.of(run.reopen)] == ["waking"]
+    world.rest(group, asleep=False)
+    assert run.group == group.name
+    assert len(world.started) == 1
+    request = world.denoise(run)
+    world.finish_turn(group)
+    assert isinstance(world.end_of(request), m.Denoised)
+
+
+def test_who_is_in_use_does_not_sleep():
+    world = World(devices=GPU, keep=TEN)
+    run = world.open_ready()
+    for _ in range(4):
+        world.pass_time(11.0)
+        world.denoise(run)
+        world.finish_turn(world.group(run))
+    assert world.group(run).state == "ready"
+
+
+def test_without_a_time_to_sleep_nobody_does():
+    world, group = idle(keep=Keep(usual=1e6))
+    world.pass_time(1e5)
+    assert group.state == "ready"
+    one = Keep(awake_of={"vae/ae.safetensors": 1.0})
+    world, group = idle(keep=one)
+    world.pass_time(1e5)
+    assert group.state == "ready"
+
+
+def test_a_run_that_comes_while_it_dozes_off_wakes_it_when_it_sleeps():
+    world, group = idle()
+    world.pass_time(11.0)
+    run = world.open()
+    assert (run.state, group.state, told(world, group, o.Wake)) == ("queued", "dozing", 0)
+    world.rest(group, asleep=True)
+    assert group.state == "waking"
+    world.rest(group, asleep=False)
+    assert run.group == group.name
+
+
+def test_a_load_wakes_it_too_and_is_answered_when_it_is_awake():
+    world, group = asleep()
+    request = world.load()
+    assert group.state == "waking"
+    world.rest(group, asleep=False)
+    loaded = world.end_of(request)
+    assert (loaded.group, loaded.warm) == (group.name, False)
+
+
+def test_its_devices_memory_is_free_for_others_while_it_sleeps_and_it_waits_for_room_to_wake():
+    world, group = asleep(memory_total=4)
+    other = world.open_ready(ref=VAE)
+    run = world.open()
+    assert (group.state, run.state) == ("asleep", "queued")
+    world.core.stop(other, "done", world.now)
+    there = world.started[-1]
+    assert there.state == "dozing"  # it may sleep too, so it is not ended
+    world.rest(there, asleep=True)
+    assert group.state == "waking"
+    world.rest(group, asleep=False)
+    assert run.group == group.name
+    assert len(world.started) == 2
+
+
+def test_room_is_made_by_sleep_where_the_host_has_room_and_else_by_leaving():
+    for host_free, state in ((20, "dozing"), (13, "leaving")):
+        world, group = idle(
+            memory_total=4, host_free=host_free
+        )  # the weights are four bytes, ten are left to others
+        world.open(ref=VAE)
+        assert group.state == state
+
+
+def test_nobody_goes_to_sleep_where_the_host_has_no_room():
+    world, group = idle(host_free=13)
+    world.pass_time(11.0)
+    assert group.state == "ready"
+    world.host_free = 14
+    world.pass_time(0.1)
+    assert group.state == "dozing"
+
+
+def test_two_do_not_take_the_same_room():
+    world, _ = idle(host_free=17)
+    world.core.stop(world.open_ready(ref=VAE), "done", world.now)
+    world.pass_time(11.0)
+    assert [group.state for group in world.core.fleet.groups.values()] == ["dozing", "ready"]
+
+
+def test_one_that_sleeps_is_not_kept_longer_than_one_that_is_awake():
+    world, group = asleep(keep=Keep(usual=60.0, awake=10.0))
+    world.pass_time(50.0)
+    assert (group.state, told(world, group, o.Leave)) == ("leaving", 1)
+
+
+def test_it_can_be_unloaded_and_freed_while_it_sleeps():
+    world, group = asleep()
+    world.core.unload([group], False, world.now)
+    assert group.state == "leaving"
+    world, group = asleep()
+    assert world.core.fleet.free_memory(0, GPU, world.now) == [group]
+    assert group.state == "leaving"
+
+
+def test_a_rank_that_dies_asleep_is_not_missed_until_somebody_comes():
+    world, group = asleep()
+    world.die(group)
+    assert list(world.core.fleet.groups) == []
+    run = world.open()
+    world.ready(world.started[-1])
+    assert run.state == "bound"
+
+
+def test_one_that_can_not_wake_is_replaced():
+    world, group = asleep()
+    run = world.open()
+    failed = o.RankFailed(rank=0, order=None, code="out_of_memory", message="m", traceback="", alive=False)
+    world.core.rank_failed(group, failed, world.now)
+    world.leave(group)
+    again = world.started[-1]
+    assert (again.name, again.generation) == (group.name, 2)
+    world.ready(again)
+    assert run.group == again.name
+
+
+def test_ranks_that_do_not_wake_in_time_are_killed():
+    world, group = asleep()
+    world.open()
+    world.pass_time(101.0)
+    assert group in world.killed
+
+
+def test_a_client_that_goes_while_a_model_sleeps_has_its_segments_dropped():
+    world, group = asleep()
+    world.core.client_gone(b"comfy", (1,), world.now)
+    assert told(world, group, o.DropSegments) == 1
+
+
+def test_how_long_a_model_takes_to_load_is_not_learned_from_its_waking():
+    world, group = asleep()
+    before = world.core.placing.experience.load_seconds(group.key)
+    world.open()
+    world.now += 50.0
+    world.rest(group, asleep=False)
+    assert world.core.placing.experience.load_seconds(group.key) == before
+
+
+def test_a_sleeping_replica_is_not_taken_for_one_that_may_be_forgotten():
+    """A further replica starts only where that drives nobody out; asleep, it has processes."""
+    world = World(devices=("cuda:0", "cuda:1"), keep=TEN, memory_total=4)
+    runs = [world.open(replicas=2) for _ in range(2)]
+    for group in list(world.started):
+        world.ready(group)
+    for run in runs:
+        world.core.stop(run, "done", world.now)
+    world.pass_time(11.0)
+    for group in world.started:
+        world.rest(group, asleep=True)
+    blocks = world.open_ready(ref=VAE, devices=("cuda:1",))
+    world.open(replicas=2)
+    world.open(peer=b"another", replicas=2)
+    assert {group.state for group in world.core.fleet.groups.values()} == {"waking", "ready", "asleep"}
+    assert blocks.state == "bound"
+
+
+def test_a_model_too_large_for_what_another_program_left_is_told_to_who_waits():
+    world, group = asleep(memory_total=4)
+    world.memory_others = 4
+    run = world.open()
+    world.pass_time(6.0)
+    world.leave(group)
+    world.pass_time(6.0)
+    assert isinstance(world.end_of(run.reopen), m.Failed)
+    assert world.core.runs == {}
