@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelRef, PlanRequest
+from xditd.protocol.plans import LoraRef
 
 STRATEGIES = ("auto", "Hybrid", "USP", "PipeFusion", "CFG", "Tensor")
 SCHEDULINGS = ("round_robin", "least_loaded", "weighted_round_robin", "adaptive")
@@ -28,6 +29,7 @@ class Dispatcher:
         model: the file.
         plan: the devices, the strategy, how many replicas, and which of them takes a run.
         allow_approximate, fallback: as the loaders' inputs of these names.
+        lora: that runs have merged, in this order.
     """
 
     endpoint: str
@@ -35,11 +37,12 @@ class Dispatcher:
     plan: PlanRequest
     allow_approximate: bool = False
     fallback: bool = False
+    lora: tuple[LoraRef, ...] = ()
 
     def part(self, part: str) -> Dispatcher:
         """The same choices for another part of the same checkpoint, on a device that the daemon chooses."""
         model = ModelRef(kind=self.model.kind, name=self.model.name, part=part, size=self.model.size)
-        return replace(self, model=model, plan=PlanRequest(devices=self.plan.devices[:1]))
+        return replace(self, model=model, plan=PlanRequest(devices=self.plan.devices[:1]), lora=())
 
 
 def device_names(text: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import freeing, loaders, samplers, status
+from . import freeing, loaders, loras, samplers, status
 from .say import running_server
 
 TWINS = {
@@ -40,4 +40,4 @@ class Pack(ComfyExtension):
     async def get_node_list(self) -> list[type[Any]]:
         if (server := running_server()) is not None:
             freeing.listen(server)
-        return [*loaders.NODES, *samplers.NODES, status.DaemonStatus]
+        return [*loaders.NODES, loras.LoadLoRA, *samplers.NODES, status.DaemonStatus]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import comfy.model_management
@@ -11,11 +13,12 @@ import torch
 
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Loaded
+from xditd.protocol.plans import LoraRef
 
 from .dispatcher import Dispatcher
 from .families import family
 from .joint import NAME
-from .transformer import RemoteTransformer
+from .transformer import LORA, RemoteTransformer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -24,10 +27,10 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     """A ModelPatcher of a model without weights. What would patch them is refused, never ignored."""
 
     def add_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise _refusal("a stock LoRA loader", "LoRAs of xDiT models are not built yet")
+        raise _refusal("a stock LoRA loader", "use Load LoRA (xDiT) instead")
 
     def add_hook_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise _refusal("a LoRA hook", "LoRAs of xDiT models are not built yet")
+        raise _refusal("a LoRA hook", "use Load LoRA (xDiT), which holds for a whole sampling")
 
     def add_weight_wrapper(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise _refusal("a weight wrapper", "leave out the node that sets it")
@@ -72,7 +75,7 @@ def make_model(dispatcher: Dispatcher, loaded: Loaded) -> RemotePatcher:
     kinds = comfy.patcher_extension.WrappersMP
 
     def outer_sample(execute: Any, *arguments: Any, **named: Any) -> Any:
-        with leaf.sampling():
+        with leaf.sampling(lora_of(execute.class_obj.model_options)):
             return execute(*arguments, **named)
 
     def calc_cond_batch(execute: Any, *arguments: Any) -> Any:
@@ -97,6 +100,43 @@ def remote(model: Any) -> RemoteTransformer:
             "This MODEL was not loaded by xDiT; connect that of Load UNet or Load Checkpoint (xDiT Multi-GPU).",
         )
     return leaf
+
+
+def wish(model: Any) -> Dispatcher:
+    """What a MODEL asks of the daemon: its loader's choices, and the LoRAs that were added since.
+
+    Raises:
+        XditError: `bad_value` for a MODEL that no xDiT loader made.
+    """
+    return replace(remote(model).dispatcher, lora=lora_of(model.model_options))
+
+
+def check_same(model: Any, dispatcher: Dispatcher) -> None:
+    """Refuses a MODEL and an XDIT_DISPATCHER that are not from the same node.
+
+    Raises:
+        XditError: `bad_value`.
+    """
+    wished = wish(model)
+    if wished != dispatcher:
+        raise XditError(
+            Code.BAD_VALUE,
+            f"This MODEL is {wished.model.name} and this XDIT_DISPATCHER {dispatcher.model.name}, or their choices or LoRAs "
+            "differ; connect both from the same loader or Load LoRA (xDiT).",
+        )
+
+
+def with_loras(model: Any, lora: tuple[LoraRef, ...]) -> Any:
+    """A clone of a MODEL whose samplings have these LoRAs; all else that was set on it stays."""
+    clone = model.clone()
+    clone.model_options["transformer_options"][LORA] = lora
+    return clone
+
+
+def lora_of(model_options: Mapping[str, Any]) -> tuple[LoraRef, ...]:
+    """The LoRAs of a MODEL by its options."""
+    found: tuple[LoraRef, ...] = model_options.get("transformer_options", {}).get(LORA, ())
+    return found
 
 
 def _nothing(*args: Any, **kwargs: Any) -> int:

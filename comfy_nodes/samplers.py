@@ -9,11 +9,9 @@ import comfy.samplers
 import nodes
 from comfy_api.latest import io
 
-from xditd.protocol.errors import Code, XditError
-
 from .daemon_loop import LOOPS, in_daemon
 from .loaders import DispatcherType
-from .patcher import remote
+from .patcher import check_same, remote
 from .say import say, telling_refusals
 
 CATEGORY = "xDiT/sampling"
@@ -149,12 +147,7 @@ NODES = [KSampler, KSamplerAdvanced]
 def _sample(inputs: dict[str, Any], seed: int, **named: Any) -> io.NodeOutput:
     model, dispatcher = inputs["model"], inputs["dispatcher"]
     leaf = remote(model)
-    if leaf.dispatcher != dispatcher:
-        raise XditError(
-            Code.BAD_VALUE,
-            f"This MODEL is {leaf.dispatcher.model.name} and this XDIT_DISPATCHER {dispatcher.model.name}, or their "
-            "choices differ; connect both from the same loader.",
-        )
+    check_same(model, dispatcher)
     if inputs.get("loop") == "daemon":
         model = in_daemon(model)
     begin = time.perf_counter()

@@ -76,7 +76,8 @@ class Sampling:
         if self._run is None:
             self._run = daemon.patiently(self._open) if self._was_there else self._open()
             self._was_there = True
-            self._plan = f"{', '.join(self._run.plan.devices)} ({self._run.plan.reason})"
+            loras = "".join(f", {match.name} × {match.strength:g}" for match in self._run.lora)
+            self._plan = f"{', '.join(self._run.plan.devices)} ({self._run.plan.reason}){loras}"
         return self._run
 
     def key(self, name: str, tensors: dict[str, torch.Tensor], values: dict[str, float], known: bool) -> str:
@@ -131,7 +132,12 @@ class Sampling:
     def _open(self) -> Run:
         spec = self.dispatcher
         return daemon.client(spec.endpoint).open_run(
-            spec.model, spec.plan, label="KSampler", on_event=self._hear, interrupt=daemon.interrupt
+            spec.model,
+            spec.plan,
+            label="KSampler",
+            lora=spec.lora,
+            on_event=self._hear,
+            interrupt=daemon.interrupt,
         )
 
     def _hear(self, event: Any) -> None:

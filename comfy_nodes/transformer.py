@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import comfy.patcher_extension
@@ -14,13 +15,18 @@ import torch
 
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo
+from xditd.protocol.plans import LoraRef
 
 from .dispatcher import Dispatcher
 from .families import family
 from .sampling import Item, Sampling
 
+LORA = "xdit_lora"
+"""The transformer option that says which LoRAs a MODEL has."""
+
 OPTIONS = frozenset(
     {
+        LORA,
         "cond_or_uncond",
         "uuids",
         "sigmas",
@@ -59,9 +65,13 @@ class RemoteTransformer(torch.nn.Module):
         self._finished: Sampling | None = None
 
     @contextlib.contextmanager
-    def sampling(self) -> Iterator[Sampling]:
-        """While it lasts, calls belong to one run, which ends with it."""
-        sampling = Sampling(self.dispatcher)
+    def sampling(self, lora: tuple[LoraRef, ...] = ()) -> Iterator[Sampling]:
+        """While it lasts, calls belong to one run, which ends with it.
+
+        Args:
+            lora: that the run has merged.
+        """
+        sampling = Sampling(replace(self.dispatcher, lora=lora))
         self._samplings.append(sampling)
         try:
             yield sampling
@@ -107,7 +117,7 @@ class RemoteTransformer(torch.nn.Module):
         options = transformer_options or {}
         self.refuse(options, inputs)
         if self.current is None:  # somebody calls the model without sampling: a run of one call
-            with self.sampling():
+            with self.sampling(options.get(LORA, ())):
                 return self._call(x, timestep, {"context": context, **inputs}, options)
         return self._call(x, timestep, {"context": context, **inputs}, options)
 
@@ -160,8 +170,8 @@ class RemoteTransformer(torch.nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         """There are no weights here: whoever asks for them would go on with none and not notice."""
         raise _unbuilt(
-            "weights in ComfyUI, which LoRA loaders, merging and saving need",
-            "use the stock Load Diffusion Model for that",
+            "weights in ComfyUI, which stock LoRA loaders, merging and saving need",
+            "use Load LoRA (xDiT), or the stock Load Diffusion Model",
         )
 
 

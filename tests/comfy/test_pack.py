@@ -25,6 +25,7 @@ CONTROL = ""
 WIDGETS: dict[str, tuple[str, ...]] = {
     "XDiTCheckpointLoader": ("ckpt_name", *PLAN),
     "XDiTUNETLoader": ("unet_name", "weight_dtype", *PLAN),
+    "XDiTLoraLoader": ("lora_name", "strength_model"),
     "XDiTKSampler": ("seed", CONTROL, *SAMPLING, "denoise", "loop"),
     "XDiTKSamplerAdvanced": (
         "add_noise", "noise_seed", CONTROL, *SAMPLING, "start_at_step", "end_at_step", "return_with_leftover_noise", "loop"
@@ -38,11 +39,12 @@ WIDGETS: dict[str, tuple[str, ...]] = {
 """By node: its widgets, in order. tests/comfy holds it to /object_info where there is a ComfyUI."""
 
 LINKED = ("model", "positive", "negative", "latent_image", "dispatcher")
-SOCKETS = {"XDiTKSampler": LINKED, "XDiTKSamplerAdvanced": LINKED}
+SOCKETS = {"XDiTLoraLoader": ("model", "dispatcher"), "XDiTKSampler": LINKED, "XDiTKSamplerAdvanced": LINKED}
 """By node: its inputs that are links."""
 
 VALUES: dict[str, type | tuple[type, ...]] = {
     "replicas": int,
+    "strength_model": (int, float),
     "seed": int,
     "steps": int,
     "cfg": (int, float),

@@ -19,6 +19,8 @@ from xditd.models.families import load
 from xditd.models.making import flux_facts, make_flux
 from xditd.models.making_loras import FORMS, make_lora
 from xditd.models.making_transformers import (
+    hunyuandit_facts,
+    make_hunyuandit,
     make_pixart,
     make_sd3,
     make_sdxl,
@@ -45,7 +47,13 @@ KINDS = {
     "pixart": Kind(pixart_facts(context_width=64, sizes=True), None),
     "sdxl": Kind(sdxl_facts(channels=(64, 64), depths=(0, 1), context_width=64), None),
 }
-MAKERS: dict[str, Callable[..., Path]] = {"sd3": make_sd3, "pixart": make_pixart, "sdxl": make_sdxl}
+KINDS["hunyuandit"] = Kind(hunyuandit_facts(context_width=64, t5_width=64), None)
+MAKERS: dict[str, Callable[..., Path]] = {
+    "hunyuandit": make_hunyuandit,
+    "sd3": make_sd3,
+    "pixart": make_pixart,
+    "sdxl": make_sdxl,
+}
 
 
 def make(family: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -207,4 +207,6 @@ def family_of(header: Header) -> str:
         return {768: "sd1", 1024: "sd2"}.get(context, "sdxl")
     if any_has("_0_cross_attn_", "_0_attn_qkv", "_transformer_blocks_0_attn1_"):
         return "pixart"
+    if any_has("_blocks_0_attn1_", "_blocks_0_attn2_"):
+        return "hunyuandit"
     return ""

@@ -63,13 +63,21 @@ def _hunyuandit(tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]
 CONDITIONINGS = {"flux": _flux, "sd3": _sd3, "pixart": _pixart, "hunyuandit": _hunyuandit, "sdxl": _sdxl}
 
 
+class NoLoras:
+    """ComfyUI's module has its weights as they are in the file."""
+
+    def hold(self, wanted: tuple[Any, ...]) -> None:
+        assert not wanted
+
+
 class Network:
     """ComfyUI's module of a family as `models.families.Transformer` has it."""
 
     def __init__(self, family: str, path: str) -> None:
-        self.module = own.module(family, path)
+        self.module = self.backbone = own.module(family, path)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.condition = CONDITIONINGS[family]
+        self.loras = NoLoras()
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         batch = x.shape[0]

@@ -281,7 +281,7 @@ def test_a_stock_lora_is_refused(remote: Any) -> None:
         "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.ones(256, 4),
         "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(4, 256),
     }
-    with refused("LoRA"):
+    with refused("use Load LoRA \\(xDiT\\)"):
         comfy.sd.load_lora_for_models(remote, None, lora, 1.0, 0.0)
     if hasattr(comfy.sd, "load_bypass_lora_for_models"):
         with refused("LoRA"):
