@@ -254,6 +254,15 @@ def test_wait_ready_is_content_when_somebody_loaded_it_later(ask):
     assert ask("wait-ready", status=reports.report(preloads=(refused,))).exit_code == 0
 
 
+def test_wait_ready_is_content_with_a_model_that_sleeps(ask):
+    awake = reports.report()
+    asleep = tuple(replace(group, state="asleep") for group in awake.groups)
+    status = replace(awake, groups=asleep)
+    command = "wait-ready --timeout 0 --model diffusion_models/flux/flux1-dev.safetensors"
+    assert ask(command, status=status).exit_code == 0
+    assert "asleep" in ask("status", status=status).stdout
+
+
 def test_wait_ready_names_the_models_that_still_load(ask):
     waiting = PreloadStatus(model=reports.FLUX, state="waiting")
     result = ask("wait-ready --timeout 0", status=reports.report(state="starting", preloads=(waiting,)))

@@ -16,6 +16,9 @@ from xditd.client import Client
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelRef
 
+LOADED = frozenset({"ready", "dozing", "asleep", "waking"})
+"""States of a group that a run need not load: one that sleeps wakes for it."""
+
 
 @click.command()
 @json_option
@@ -105,7 +108,7 @@ def _missing(client: Client, model: ModelRef | None) -> str:
         loading = [words.model(preload.model) for preload in report.preloads if preload.state == "waiting"]
         still = f", {words.joined(loading)} not ready" if loading else ""
         return f"the daemon is {report.state}{still}"
-    there = {(group.model.kind, group.model.name) for group in report.groups if group.state == "ready"}
+    there = {(group.model.kind, group.model.name) for group in report.groups if group.state in LOADED}
     for preload in report.preloads:
         if preload.state == "refused" and (preload.model.kind, preload.model.name) not in there:
             raise XditError(
@@ -118,7 +121,7 @@ def _missing(client: Client, model: ModelRef | None) -> str:
         for group in report.groups
         if (group.model.kind, group.model.name) == (model.kind, model.name)
     ]
-    if "ready" in states:
+    if not LOADED.isdisjoint(states):
         return ""
     return (
         f"{words.model(model)} is {words.joined(states)}"
