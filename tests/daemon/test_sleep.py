@@ -108,6 +108,26 @@ def test_its_devices_memory_is_free_for_others_while_it_sleeps_and_it_waits_for_
     assert len(world.started) == 2
 
 
+def test_one_that_was_put_to_sleep_for_another_and_is_wanted_again_comes_behind_it():
+    """Found under load: it was woken before the one that it slept for could start, a thousand times in a second."""
+    world = World(devices=GPU, keep=TEN, memory_total=4, patience=3.0)
+    run = world.open_ready()
+    group = world.group(run)
+    other = world.open(ref=VAE)
+    world.pass_time(4.0)
+    again = world.open(peer=b"again")
+    assert (other.state, again.state) == (
+        "queued",
+        "queued",
+    )  # its place is kept free for who waits for its memory
+    world.core.stop(run, "done", world.now)
+    assert group.state == "dozing"
+    world.rest(group, asleep=True)
+    assert group.state == "asleep"
+    world.ready(world.started[-1])
+    assert other.state == "bound"
+
+
 def test_room_is_made_by_sleep_where_the_host_has_room_and_else_by_leaving():
     for host_free, state in ((20, "dozing"), (13, "leaving")):
         world, group = idle(

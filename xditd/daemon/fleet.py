@@ -176,7 +176,10 @@ class Fleet:
                 self.leave(group, now)
 
     def admit(self, now: float) -> None:
-        """Starts and wakes groups that wait for room, in their order; where there is none, models that no run uses make it.
+        """Starts and wakes groups that wait for room; where there is none, models that no run uses make it.
+
+        They come in the order in which they were asked for: one that was put to sleep for another, and is wanted again at
+        once, is behind that other.
 
         A group that waits in vain keeps those behind it out of the memory that it needs, and after a while
         (`Residency.patience`) has runs kept off the groups that are in its way: so it comes to its turn.
@@ -186,12 +189,14 @@ class Fleet:
             for group in self.groups.values()
             if group.state == "waiting" or (group.state == "asleep" and self._called(group))
         ]
+        for group in waiting:
+            if group.asked is None:
+                group.asked = now
+        waiting.sort(key=lambda group: group.asked or now)
         spoken_for: set[str] = set()
         held: set[str] = set()
         for group in waiting:
             needs = set(self.residency.needs(group.found, group.key))
-            if group.asked is None:
-                group.asked = now
             if group.state == "waiting" and not self._wanted(group):
                 self.leave(group, now)
             elif spoken_for.isdisjoint(needs):
