@@ -126,7 +126,7 @@ class LoadCheckpoint(io.ComfyNode):
             "" if vae else "; no VAE in it",
         )
         model = make_model(spec, loaded)
-        if clip is not None:
+        if clip is not None and kind.BARE:
             remote(model).empty_prompt = functools.cache(lambda: _empty_prompt(clip))
         return io.NodeOutput(model, clip, RemoteVAE(part, vae.model) if vae else missing_vae(), spec)
 
@@ -257,9 +257,12 @@ def _clip_loader(
     return LoadCLIP
 
 
-LoadCLIP = _clip_loader("XDiTCLIPLoader", "Load CLIP (xDiT)", ("clip_name",), ("sd3",))
+LoadCLIP = _clip_loader("XDiTCLIPLoader", "Load CLIP (xDiT)", ("clip_name",), ("sd3", "pixart"))
 LoadDualCLIP = _clip_loader(
-    "XDiTDualCLIPLoader", "Load Dual CLIP (xDiT)", ("clip_name1", "clip_name2"), ("flux", "sd3")
+    "XDiTDualCLIPLoader",
+    "Load Dual CLIP (xDiT)",
+    ("clip_name1", "clip_name2"),
+    ("flux", "sd3", "sdxl", "hunyuan_dit"),
 )
 LoadTripleCLIP = _clip_loader(
     "XDiTTripleCLIPLoader",

@@ -28,6 +28,9 @@ class Family(Protocol):
     MULTIPLIER: float | None
     """A flow model's timestep is sigma times this; None: it is no flow model, and the daemon has no loop for it."""
 
+    BARE: bool
+    """Whether ComfyUI calls such a model without a text too, in whose place an empty prompt stands then."""
+
     patch_size: int
 
     def comfy_config(self, info: ModelInfo) -> Any:

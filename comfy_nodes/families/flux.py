@@ -16,6 +16,7 @@ INPUTS = frozenset({"y", "guidance"})
 CLIP = "flux"
 ENCODERS = ("clip_l", "t5xxl")
 MULTIPLIER = 1.0
+BARE = True
 
 patch_size = 2
 

@@ -16,8 +16,9 @@ INPUTS = frozenset(
     {"text_embedding_mask", "encoder_hidden_states_t5", "text_embedding_mask_t5", "image_meta_size"}
 )
 CLIP = "hunyuan_dit"
-ENCODERS: tuple[str, ...] = ()
+ENCODERS = ("hydit_clip", "mt5xl")
 MULTIPLIER = None
+BARE = False
 
 patch_size = 2
 

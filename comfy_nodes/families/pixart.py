@@ -14,8 +14,9 @@ from .conditioning import needed
 
 INPUTS = frozenset({"c_size", "c_ar"})
 CLIP = "pixart"
-ENCODERS: tuple[str, ...] = ()  # no checkpoint has one that is built
+ENCODERS: tuple[str, ...] = ()  # no checkpoint has one
 MULTIPLIER = None
+BARE = False
 
 patch_size = 2
 

@@ -16,6 +16,7 @@ INPUTS = frozenset({"y"})
 CLIP = "sd3"
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 MULTIPLIER = 1000.0
+BARE = True
 
 patch_size = 2
 

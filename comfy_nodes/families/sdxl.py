@@ -15,8 +15,9 @@ from .conditioning import needed
 
 INPUTS = frozenset({"y"})
 CLIP = "sdxl"
-ENCODERS: tuple[str, ...] = ()  # those in SDXL's checkpoints are in a layout that is not built
+ENCODERS = ("clip_l", "clip_g")
 MULTIPLIER = None
+BARE = False
 
 patch_size = 1
 

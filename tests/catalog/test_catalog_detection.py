@@ -289,6 +289,7 @@ def test_families_are_found_by_name():
         "autoencoder_kl",
         "clip",
         "t5",
+        "bert",
         "echo",
     }
     with pytest.raises(XditError) as caught:

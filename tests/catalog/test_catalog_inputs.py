@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tests.catalog.sparse_files import FLUX_DEV, FLUX_VAE
-from xditd.catalog.families import family
+from xditd.catalog.families import autoencoder_of, family, text_encoder_of, transformer_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
 from xditd.protocol.tensors import Tensor
@@ -237,12 +237,20 @@ def test_a_vae_takes_one_device_for_now(plan):
 
 
 def test_a_model_that_is_asked_for_another_models_work_says_which_to_open():
-    refused(Code.BAD_VALUE, "open a run of a VAE", family("flux").check_decode, FLUX, X)
-    refused(Code.BAD_VALUE, "open a run of a VAE", family("flux").check_encode, FLUX, X)
-    vae = family("autoencoder_kl")
-    refused(Code.BAD_VALUE, "open a run of a transformer", vae.check_denoise, VAE, X, (0.5,), {})
-    refused(Code.BAD_VALUE, "open a run of a transformer", vae.check_sample, VAE, sample(), {})
-    refused(Code.BAD_VALUE, "conditioning", vae.check_conditioning, VAE, {}, {})
+    models = {"transformer": FLUX, "VAE": VAE, "text encoder": info("clip")}
+    asks = {
+        "transformer": (transformer_of, "denoise"),
+        "VAE": (autoencoder_of, "decode"),
+        "text encoder": (text_encoder_of, "encode text"),
+    }
+    for name, described in models.items():
+        for other, (ask, verb) in asks.items():
+            if name == other:
+                assert ask(described, verb) is family(described.family)
+            else:
+                refused(Code.BAD_VALUE, f"does not {verb}; open a run of a {other}", ask, described, verb)
+    assert transformer_of(ECHO, "denoise") is autoencoder_of(ECHO, "decode") is family("echo")
+    refused(Code.BAD_VALUE, "open a run of a text encoder", text_encoder_of, ECHO, "encode text")
 
 
 # --------------------------------------------------------------------------------------------------------- echo

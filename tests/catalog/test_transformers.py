@@ -351,15 +351,6 @@ def test_a_plan_that_cannot_run_is_refused_with_what_would(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", GIVEN)
-def test_a_transformer_says_where_other_work_is_done(name: str) -> None:
-    family, described = model(name)
-    x = LATENT[name]
-    refused(Code.BAD_VALUE, "open a run of a VAE", family.check_decode, described, x)
-    refused(Code.BAD_VALUE, "open a run of a VAE", family.check_encode, described, x)
-    refused(Code.BAD_VALUE, "open a run of a text encoder", family.check_encode_text, described, None)
-
-
 def test_all_transformers_are_tried_here() -> None:
     tried = {known.family.name for known in KNOWN.values()}
     assert tried == {name for name, family in FAMILIES.items() if family.part == "transformer"} - {"flux"}

@@ -1,4 +1,4 @@
-"""CLIP and T5 give what transformers' own classes give from the same file; tokens that are none are refused."""
+"""CLIP, T5 and BERT give what transformers' own classes give from the same file; tokens that are none are refused."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.models.text_references import END, ClipReference, T5Reference, weights_of
+from tests.models.text_references import END, BertReference, ClipReference, T5Reference, weights_of
 from xditd.models import families
-from xditd.models.making import make_clip, make_t5, make_text_models
+from xditd.models.making import make_bert, make_clip, make_t5, make_text_models
+from xditd.models.making_checkpoints import make_hunyuandit_checkpoint, make_sdxl_checkpoint
 from xditd.models.reading import WeightFile
 from xditd.protocol.errors import Code, XditError
 
 CPU = torch.device("cpu")
-REFERENCES = {"clip": ClipReference, "t5": T5Reference}
+REFERENCES = {"clip": ClipReference, "t5": T5Reference, "bert": BertReference}
+MAKE = {"clip": make_clip, "t5": make_t5, "bert": make_bert}
 MAKERS = {
     "clip-l": ("clip", make_clip, {"vocabulary": 49408, "width": 128}),
     "clip-l without projection": ("clip", make_clip, {"projection": False}),
     "clip-g": ("clip", make_clip, {"layers": 31}),
+    "clip-g in OpenCLIP's layout": ("clip", make_clip, {"layers": 31, "openclip": True}),
+    "bert": ("bert", make_bert, {"width": 128}),
     "t5": ("t5", make_t5, {}),
     "t5 without gate": ("t5", make_t5, {"gated": False, "heads": 3, "head_dim": 16}),
 }
@@ -74,7 +78,7 @@ def test_a_mask_hides_padding(pair):
     expected, _ = theirs(tokens, mask=mask)
     seen = mask.bool()
     assert error(hidden[seen], expected[seen]) < TOLERANCE
-    if family == "t5":  # CLIP looks at nothing that comes after anyway
+    if family != "clip":  # which looks at nothing that comes after anyway
         assert error(other[seen], expected[seen]) > 0.01
 
 
@@ -88,8 +92,9 @@ def test_a_mask_that_hides_all_makes_no_nan(pair):
 
 @pytest.mark.parametrize("layer", [None, -2])
 @pytest.mark.parametrize("pooled", ["plain", "projected"])
-def test_the_pooled_output_is_the_last_layers_at_the_end_of_the_text(tmp_path, layer, pooled):
-    path = make_clip(tmp_path / "x.safetensors")
+@pytest.mark.parametrize("openclip", [False, True], ids=["transformers", "openclip"])
+def test_the_pooled_output_is_the_last_layers_at_the_end_of_the_text(tmp_path, layer, pooled, openclip):
+    path = make_clip(tmp_path / "x.safetensors", openclip=openclip)
     with torch.no_grad():
         hidden, vector = load("clip", path).encode(texts(), layer=layer, pooled=pooled)
     expected_hidden, expected = ClipReference(path)(texts(), layer=layer, pooled=pooled)
@@ -108,8 +113,8 @@ def test_of_a_text_without_an_end_the_last_token_is_taken(tmp_path):
 @pytest.mark.parametrize("family", REFERENCES)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_vectors_stand_for_tokens_below_zero(tmp_path, family, dtype):
-    path = (make_clip if family == "clip" else make_t5)(tmp_path / "x.safetensors")
-    width = 64 if family == "clip" else 128
+    path = MAKE[family](tmp_path / "x.safetensors")
+    width = 128 if family == "t5" else 64
     vectors = torch.randn(3, width, generator=torch.Generator().manual_seed(1))
     tokens = texts(family).to(dtype)
     tokens[0, 1], tokens[0, 2], tokens[2, 30] = -1, -3, -2
@@ -157,6 +162,28 @@ def test_a_checkpoints_encoders_are_those_of_the_files(tmp_path):
         assert 0 < error(hidden, near) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("make", "encoders"),
+    [
+        (
+            make_sdxl_checkpoint,
+            {"clip_l": ("clip", "conditioner.embedders.0.transformer."), "clip_g": ("clip", "conditioner.embedders.1.model.")},
+        ),
+        (
+            make_hunyuandit_checkpoint,
+            {"hydit_clip": ("bert", "text_encoders.hydit_clip.transformer."), "mt5xl": ("t5", "text_encoders.mt5xl.transformer.")},
+        ),
+    ],
+    ids=["sdxl", "hunyuandit"],
+)  # fmt: skip
+def test_the_encoders_of_a_makers_checkpoint_are_found_in_it(tmp_path, make, encoders):
+    path = make(tmp_path / "x.safetensors")
+    for part, (family, prefix) in encoders.items():
+        with torch.no_grad():
+            hidden, _ = load(family, path, part=part).encode(texts(family))
+        assert error(hidden, REFERENCES[family](path, prefix)(texts(family))[0]) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_an_fp8_file_is_what_its_rounded_weights_are(tmp_path, dtype):
     plain = weights_of(make_t5(tmp_path / "x.safetensors"))
@@ -168,7 +195,7 @@ def test_an_fp8_file_is_what_its_rounded_weights_are(tmp_path, dtype):
 
 
 def test_bfloat16_is_near(tmp_path):
-    for family, make in (("clip", make_clip), ("t5", make_t5)):
+    for family, make in MAKE.items():
         path = make(tmp_path / f"{family}.safetensors")
         with torch.no_grad():
             hidden, _ = load(family, path, torch.bfloat16).encode(texts(family), mask=torch.ones(3, 77))

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 END = 49407
 
@@ -18,11 +25,34 @@ def weights_of(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     }
 
 
+def of_openclip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """OpenCLIP's tensors by transformers' names, written anew: x @ text_projection is a linear layer's x @ weight.T."""
+    names = {
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "token_embedding": "embeddings.token_embedding",
+    }
+    names |= {"ln_final": "final_layer_norm", "transformer.resblocks": "encoder.layers"}
+    names |= {".ln_": ".layer_norm", ".attn.": ".self_attn.", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    renamed = {"text_projection.weight": weights["text_projection"].T.contiguous()}
+    for key, value in weights.items():
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        if "in_proj_" in key:
+            for name, third in zip("qkv", value.chunk(3), strict=True):
+                renamed["text_model." + key.replace("in_proj_", f"{name}_proj.")] = third
+        elif key not in ("text_projection", "logit_scale"):
+            renamed["text_model." + key] = value
+    return renamed
+
+
 class ClipReference:
     """CLIPTextModelWithProjection; `vectors` become rows at the end of its vocabulary."""
 
     def __init__(self, path: Path, prefix: str = "", vectors: torch.Tensor | None = None) -> None:
         weights = weights_of(path, prefix)
+        if "ln_final.weight" in weights:
+            weights = of_openclip(weights)
+        weights.pop("text_model.embeddings.position_ids", None)
         key = "text_model.embeddings.token_embedding.weight"
         self.vocabulary, width = weights[key].shape
         if vectors is not None:
@@ -100,3 +130,30 @@ class T5Reference:
         if layer is not None:
             hidden = encoder.final_layer_norm(heard[layer]) if final_norm else heard[layer]
         return hidden, None
+
+
+class BertReference:
+    """BertModel. Every layer ends with its own norm, so that a final one is of no matter."""
+
+    def __init__(self, path: Path, prefix: str = "", vectors: torch.Tensor | None = None) -> None:
+        weights = {key.removeprefix("bert."): value for key, value in weights_of(path, prefix).items()}
+        key = "embeddings.word_embeddings.weight"
+        self.vocabulary, width = weights[key].shape
+        if vectors is not None:
+            weights[key] = torch.cat([weights[key], vectors])
+        config = BertConfig(
+            vocab_size=len(weights[key]),
+            hidden_size=width,
+            intermediate_size=len(weights["encoder.layer.0.intermediate.dense.weight"]),
+            num_hidden_layers=1 + max(int(key.split(".")[2]) for key in weights if ".layer." in key),
+            num_attention_heads=max(1, width // 64),
+            max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
+        )
+        self.model = BertModel(config, add_pooling_layer=False).eval()
+        self.model.load_state_dict(weights)
+
+    @torch.no_grad()
+    def __call__(self, tokens, *, mask=None, layer=None, final_norm=True, pooled="none"):
+        tokens = torch.where(tokens < 0, self.vocabulary - 1 - tokens, tokens).long()
+        states = self.model(tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        return states[1:][-1 if layer is None else layer], None

@@ -22,7 +22,7 @@ from xditd.protocol.tensors import FLOATS
 
 PARTS: dict[str, tuple[str, ...]] = {
     "diffusion_models": ("transformer",),
-    "checkpoints": ("transformer", "vae", "clip_l", "clip_g", "t5xxl"),
+    "checkpoints": ("transformer", "vae", "clip_l", "clip_g", "t5xxl", "hydit_clip", "mt5xl"),
     "vae": ("vae",),
     "text_encoders": ("text_encoder",),
     "loras": ("lora",),

@@ -17,19 +17,21 @@ from xditd.catalog.sentences import listed
 from xditd.protocol.errors import Code, XditError
 
 PREFIXES: dict[str, tuple[str, ...]] = {
-    "transformer": ("", "model.diffusion_model."),
+    "transformer": ("", "model.diffusion_model.", "model."),
     "vae": ("", "first_stage_model.", "vae."),
     "text_encoder": ("",),
-    "clip_l": ("text_encoders.clip_l.transformer.",),
-    "clip_g": ("text_encoders.clip_g.transformer.",),
+    "clip_l": ("text_encoders.clip_l.transformer.", "conditioner.embedders.0.transformer."),
+    "clip_g": ("text_encoders.clip_g.transformer.", "conditioner.embedders.1.model."),
     "t5xxl": ("text_encoders.t5xxl.transformer.",),
+    "hydit_clip": ("text_encoders.hydit_clip.transformer.",),
+    "mt5xl": ("text_encoders.mt5xl.transformer.",),
 }
 """By part: what a file may put before the keys of that part. All-in-one checkpoints have all but the first."""
 
-ROLES = {"clip_l": "text_encoder", "clip_g": "text_encoder", "t5xxl": "text_encoder"}
+ROLES = dict.fromkeys(("clip_l", "clip_g", "t5xxl", "hydit_clip", "mt5xl"), "text_encoder")
 """What parts are that a checkpoint has several of; any other part is what its name says (`Family.part`)."""
 
-RUNS = "this version runs Flux, SD3, PixArt and HunyuanDiT transformers, SDXL UNets, AutoencoderKL VAEs, and CLIP and T5 text encoders"
+RUNS = "this version runs Flux, SD3, PixArt and HunyuanDiT transformers, SDXL UNets, AutoencoderKL VAEs, and CLIP, T5 and BERT text encoders"
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 

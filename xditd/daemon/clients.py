@@ -33,7 +33,7 @@ from xditd.protocol.errors import Code, XditError
 log = logging.getLogger("xditd.clients")
 
 CAPABILITIES = (
-    "flux", "sd3", "pixart", "hunyuandit", "sdxl", "autoencoder_kl", "clip", "t5", "ulysses", "ring", "cfg", "sample",
+    "flux", "sd3", "pixart", "hunyuandit", "sdxl", "autoencoder_kl", "clip", "t5", "bert", "ulysses", "ring", "cfg", "sample",
     "encode_text", "frames", "shared_memory", "lane", "watch", "replicas", "free_memory", "goodbye", "lora",
 )  # fmt: skip
 """What a client may count on, beyond the protocol's version."""

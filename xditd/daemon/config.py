@@ -65,7 +65,9 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     # "kind/name": "diffusion_models/flux1-dev.safetensors"
     model: Annotated[str, Meta(pattern=r"^[a-z_]+/.+")]
-    part: Literal["", "transformer", "vae", "clip_l", "clip_g", "t5xxl"] = ""  # of a checkpoint
+    part: Literal["", "transformer", "vae", "clip_l", "clip_g", "t5xxl", "hydit_clip", "mt5xl"] = (
+        ""  # of a checkpoint
+    )
     dtype: Dtype = ""  # "" is compute.dtype
     devices: tuple[str, ...] = ()  # () is all that the daemon owns
     strategy: str = "auto"

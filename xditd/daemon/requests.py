@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from xditd.catalog import families
 from xditd.catalog.catalog import Catalog, Found, FoundLora
-from xditd.catalog.families import family
 from xditd.catalog.roots import ALIASES
 from xditd.daemon import dtypes, planner
 from xditd.daemon.devices import Device, Memories
@@ -110,9 +110,9 @@ class Requests:
                 self._free_memory(session, message, now)
             case m.PutConditioning():
                 run = self._run(session, message.run)
-                family(run.found.info.family).check_conditioning(
-                    run.found.info, message.tensors, message.values
-                )
+                info = run.found.info
+                rules = families.transformer_of(info, "take conditioning")
+                rules.check_conditioning(info, message.tensors, message.values)
                 self._check_room(run, message.key, frames)
                 self.dispatcher.put(run, message, frames, now)
             case m.Denoise() | m.Sample() | m.Decode() | m.Encode() | m.EncodeText():
@@ -325,19 +325,22 @@ class Requests:
 
 def _check_work(run: Run, work: Work) -> None:
     """Refuses what does not fit the run's model."""
-    info, rules = run.found.info, family(run.found.info.family)
+    info = run.found.info
     if isinstance(work, m.Denoise):
+        rules = families.transformer_of(info, "denoise")
         for item in work.items:
             rules.check_denoise(info, item.x, item.t, _conditioning(run, item.conditioning), item.out)
     elif isinstance(work, m.Sample):
         negative = _conditioning(run, work.negative) if work.negative is not None else None
-        rules.check_sample(info, work, _conditioning(run, work.conditioning), negative)
+        families.transformer_of(info, "sample").check_sample(
+            info, work, _conditioning(run, work.conditioning), negative
+        )
     elif isinstance(work, m.Decode):
-        rules.check_decode(info, work.latent, work.out)
+        families.autoencoder_of(info, "decode").check_decode(info, work.latent, work.out)
     elif isinstance(work, m.Encode):
-        rules.check_encode(info, work.image, work.out)
+        families.autoencoder_of(info, "encode images").check_encode(info, work.image, work.out)
     else:
-        rules.check_encode_text(info, work)
+        families.text_encoder_of(info, "encode text").check_encode_text(info, work)
 
 
 def _conditioning(run: Run, key: str) -> dict[str, Any]:

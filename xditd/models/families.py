@@ -37,6 +37,7 @@ FAMILIES = {
     "autoencoder_kl": Row("vae", "xditd.models.vae.network"),
     "clip": Row("text_encoder", "xditd.models.clip.network"),
     "t5": Row("text_encoder", "xditd.models.t5.network"),
+    "bert": Row("text_encoder", "xditd.models.bert.network"),
 }
 
 

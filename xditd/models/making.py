@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from xditd.catalog.families import autoencoder_kl, clip, flux, t5
+from xditd.catalog.families import autoencoder_kl, bert, clip, flux, t5
 
 Weights = dict[str, torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -79,6 +79,7 @@ def clip_facts(
     vocabulary: int = clip.END + 1,
     positions: int = 77,
     projection: bool = True,
+    openclip: bool = False,
 ) -> dict[str, int]:
     """What `catalog.families.clip.detect` will find in such a file; more than 30 layers make it a CLIP-G."""
     return {
@@ -89,6 +90,7 @@ def clip_facts(
         "positions": positions,
         "intermediate": 4 * width,
         "projection": int(projection),
+        "openclip": int(openclip),
     }
 
 
@@ -110,6 +112,21 @@ def t5_facts(
         "ff": 2 * width,
         "vocabulary": vocabulary,
         "gated": int(gated),
+    }
+
+
+def bert_facts(
+    *, width: int = 64, layers: int = 2, vocabulary: int = 47020, positions: int = 512
+) -> dict[str, int]:
+    """What `catalog.families.bert.detect` will find in such a file."""
+    return {
+        "width": width,
+        "layers": layers,
+        "heads": max(1, width // bert.HEAD_DIM),
+        "vocabulary": vocabulary,
+        "positions": positions,
+        "types": 2,
+        "intermediate": 4 * width,
     }
 
 
@@ -139,6 +156,13 @@ def t5_weights(
 ) -> Weights:
     """Random weights of a T5 encoder, by the makers' keys."""
     return random_weights(t5.parameters(facts), dtype, seed, prefix)
+
+
+def bert_weights(
+    facts: Mapping[str, int], *, dtype: torch.dtype = torch.float16, seed: int = 0, prefix: str = ""
+) -> Weights:
+    """Random weights of a BERT text encoder, by transformers' keys."""
+    return random_weights(bert.parameters(facts), dtype, seed, prefix)
 
 
 def make_flux(
@@ -203,6 +227,22 @@ def make_t5(
         shape: as `t5_facts` takes it.
     """
     return write(path, t5_weights(t5_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
+
+
+def make_bert(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    prefix: str = "",
+    **shape: Any,
+) -> Path:
+    """Writes a BERT text encoder, as ComfyUI's text_encoders holds them.
+
+    Args:
+        shape: as `bert_facts` takes it.
+    """
+    return write(path, bert_weights(bert_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
 
 
 def make_checkpoint(
@@ -289,7 +329,7 @@ def random_weights(shapes: Shapes, dtype: torch.dtype, seed: int, prefix: str) -
     for key, shape in shapes.items():
         if key.endswith(".scale") or (len(shape) == 1 and key.endswith(".weight")):  # of a normalisation
             value = 1 + normal(shape, 0.1)
-        elif key.endswith(".bias"):
+        elif key.endswith("bias"):
             value = normal(shape, 0.1)
         else:
             value = normal(shape, _gain(key, shape) / math.sqrt(math.prod(shape[1:])))
@@ -302,7 +342,7 @@ ROWS = (
     "_embeddings.weight",
     "style_embedder.weight",
     "_embedding_padding",
-    "pooler.positional_embedding",
+    "positional_embedding",
 )
 """Endings of the keys of tables."""
 

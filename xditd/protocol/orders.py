@@ -30,7 +30,7 @@ class RankSpec(Struct, frozen=True, kw_only=True):
     store: str  # a file for torch.distributed's rendezvous, "file:///..."
     parent: int  # pid of the daemon: gone means exit
     path: str  # of the model file
-    part: str  # "transformer", "vae", "text_encoder", or a checkpoint's "clip_l", "clip_g", "t5xxl"
+    part: str  # "transformer", "vae", "text_encoder", or one of a checkpoint's text encoders: "clip_l"
     family: str  # a folder of xditd.models, or "echo": a rank that does no work, for benchmarks
     variant: str
     dtype: str  # compute dtype

@@ -15,7 +15,8 @@ class ModelRef(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     kind: Name  # a ComfyUI folder: "diffusion_models", "unet", "checkpoints", "vae", "text_encoders", "clip"
     name: Name  # the file below it, as ComfyUI lists it: "flux/dev.safetensors"
-    # of a checkpoint: "transformer" (what "" means there), "vae", "clip_l", "clip_g", "t5xxl"
+    # of a checkpoint: "transformer" (what "" means there), "vae", "clip_l", "clip_g", "t5xxl",
+    # "hydit_clip", "mt5xl"
     part: Name = ""
     dtype: Name = ""  # compute dtype: "bfloat16", "float16", "float32"; "" is the file's own
     size: Annotated[int, Meta(ge=0)] | None = (

@@ -5,6 +5,8 @@ Two kinds of ranks: ComfyUI's own module, with which nothing may differ, and xdi
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,13 +19,15 @@ from tests.comfy.inside import own
 
 own.enter()
 
+import sentencepiece  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from comfy_nodes import daemon  # noqa: E402
 from comfy_nodes.dispatcher import Dispatcher  # noqa: E402
 from comfy_nodes.patcher import make_model  # noqa: E402
 from tests.live.service import Service  # noqa: E402
-from xditd.models.making import make_clip, make_flux, make_t5, make_vae  # noqa: E402
+from xditd.models.making import make_bert, make_clip, make_flux, make_t5, make_vae  # noqa: E402
 from xditd.protocol.messages import ModelRef, PlanRequest  # noqa: E402
 
 FLUX = {
@@ -39,6 +43,8 @@ FLUX = {
 CLIP_L = {"width": 64, "layers": 3}
 CLIP_G = {"width": 64, "layers": 32}
 T5 = {"width": 128, "layers": 2}
+BERT = {"width": 64, "layers": 3}
+MT5 = {"width": 64, "layers": 2, "vocabulary": 400}
 
 OWN_RANKS = (sys.executable, "-m", "tests.comfy.inside.rank")
 XFUSER_RANKS = (os.environ.get("XDITD_PYTHON", sys.executable), "-m", "xditd.rank")
@@ -55,6 +61,26 @@ def inference() -> Iterator[None]:
 Serve = Callable[..., Service]
 
 
+@functools.cache
+def pieces() -> bytes:
+    """A tokenizer of sentencepiece, of few pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            ["a red circle left of a blue square", "蓝色方块左边的红色圆圈", "one two three ten"] * 9
+        ),
+        model_writer=model,
+        vocab_size=MT5["vocabulary"],
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
@@ -63,6 +89,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_clip(folder / "text_encoders" / "clip_l.safetensors", **CLIP_L, dtype=torch.float32, seed=4)
     make_clip(folder / "text_encoders" / "clip_g.safetensors", **CLIP_G, dtype=torch.float32, seed=5)
     make_t5(folder / "text_encoders" / "t5xxl.safetensors", **T5, dtype=torch.float32, seed=6)
+    make_bert(folder / "text_encoders" / "hydit_clip.safetensors", **BERT, dtype=torch.float32, seed=7)
+    mt5 = make_t5(folder / "text_encoders" / "mt5xl.safetensors", **MT5, dtype=torch.float32, seed=8)
+    tokenizer = torch.frombuffer(bytearray(pieces()), dtype=torch.uint8)
+    save_file({**load_file(mt5), "spiece_model": tokenizer}, mt5)  # as CLIPSave writes it
     return folder
 
 

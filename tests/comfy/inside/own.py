@@ -88,25 +88,32 @@ def whole(path: str | os.PathLike[str]) -> Any:
     return _made(comfy.model_detection.model_config_from_unet(weights, ""), weights)
 
 
-def sdxl(path: str | os.PathLike[str]) -> Any:
-    """The same of an SDXL, of any width: ComfyUI detects only the real one's."""
+def below(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """What a file has below a prefix, without it."""
+    return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def sdxl(path: str | os.PathLike[str], prefix: str = "") -> Any:
+    """The same of an SDXL below a prefix, of any width: ComfyUI detects only the real one's."""
     import comfy.model_detection
     import comfy.supported_models
     from safetensors.torch import load_file
 
-    weights = load_file(path)
+    weights = below(load_file(path), prefix)
     config = comfy.model_detection.detect_unet_config(weights, "")
     return _made(comfy.supported_models.SDXL({**config, "num_heads": -1, "num_head_channels": 64}), weights)
 
 
-def hunyuandit(path: str | os.PathLike[str]) -> Any:
-    """The same of a HunyuanDiT, of any width: ComfyUI knows a 1.1 by the real one's."""
+def hunyuandit(path: str | os.PathLike[str], prefix: str = "") -> Any:
+    """The same of a HunyuanDiT below a prefix, of any width: ComfyUI knows a 1.1, and what texts have, by the real ones'."""
     import comfy.model_detection
     import comfy.supported_models
     from safetensors.torch import load_file
 
-    weights = load_file(path)
+    weights = below(load_file(path), prefix)
     config = comfy.model_detection.detect_unet_config(weights, "")
+    config["text_states_dim"], _ = weights["mlp_t5.2.weight"].shape
+    _, config["text_states_dim_t5"] = weights["mlp_t5.0.weight"].shape
     if "style_embedder.weight" not in weights:
         return _made(comfy.supported_models.HunyuanDiT(config), weights)
     config |= {"image_model": "hydit1", "size_cond": True, "use_style_cond": True}

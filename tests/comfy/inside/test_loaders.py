@@ -5,16 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.sd
+import comfy.sdxl_clip
+import comfy.supported_models
+import comfy.text_encoders.hydit
 import folder_paths
 import nodes
 import pytest
 import torch
+from comfy_extras import nodes_clip_sdxl, nodes_hunyuan
+from safetensors.torch import load_file
 
 from comfy_nodes import daemon, loaders
-from tests.comfy.inside.conftest import CLIP_L, FLUX, T5, XFUSER_RANKS, Serve
+from tests.comfy.inside import own
+from tests.comfy.inside.conftest import BERT, CLIP_G, CLIP_L, FLUX, MT5, T5, XFUSER_RANKS, Serve, pieces
+from tests.comfy.inside.test_clip import CONFIGS, apart
+from tests.comfy.inside.test_families import far
+from tests.comfy.inside.test_model import call
 from tests.comfy.inside.texts import latent
 from tests.live.service import Service
-from xditd.models.making import clip_facts, flux_facts, make_checkpoint, make_flux, t5_facts
+from xditd.models.making import bert_facts, clip_facts, flux_facts, make_checkpoint, make_flux, t5_facts
+from xditd.models.making_checkpoints import make_hunyuandit_checkpoint, make_sdxl_checkpoint
+from xditd.models.making_transformers import hunyuandit_facts, sdxl_facts
 from xditd.protocol.errors import XditError
 
 FITTING = {**FLUX, "context_width": T5["width"], "pooled_width": CLIP_L["width"]}
@@ -36,6 +48,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype=torch.float32,
         prefix="model.diffusion_model.",
     )
+    make_sdxl_checkpoint(
+        folder / "checkpoints" / "sdxl.safetensors",
+        transformer=sdxl_facts(context_width=CLIP_L["width"] + CLIP_G["width"]),
+        clip_l=clip_facts(**CLIP_L, projection=False),
+        clip_g=clip_facts(**CLIP_G, openclip=True),
+        dtype=torch.float32,
+    )
+    hunyuan: dict[str, Any] = {
+        "transformer": hunyuandit_facts(context_width=BERT["width"], t5_width=MT5["width"]),
+        "hydit_clip": bert_facts(**BERT),
+        "mt5xl": t5_facts(**MT5),
+        "dtype": torch.float32,
+    }
+    whole, without = (
+        folder / "checkpoints" / f"{name}.safetensors"
+        for name in ("hunyuan_dit_1.2", "hunyuan_without_tokenizer")
+    )
+    make_hunyuandit_checkpoint(whole, **hunyuan, spiece_model=pieces())
+    make_hunyuandit_checkpoint(without, **hunyuan)
     folder_paths.add_model_folder_path("checkpoints", str(folder / "checkpoints"))
     return folder
 
@@ -82,6 +113,78 @@ def test_a_checkpoint_without_texts_or_vae_is_a_model(service: Service) -> None:
     assert clip is None
     with pytest.raises(RuntimeError, match="VAE is invalid"):
         vae.decode(latent()["samples"])
+
+
+def test_an_sdxl_checkpoint_gives_comfyuis_texts_and_images(service: Service, folder: Path) -> None:
+    """Its CLIP-G is in OpenCLIP's layout, and has another one's projection."""
+    path = folder / "checkpoints" / "sdxl.safetensors"
+    model, clip, vae, _ = checkpoint(service, path.name)
+    weights = load_file(path)
+    texts = comfy.supported_models.SDXL({}).process_clip_state_dict(dict(weights))
+    local = clip_of(clip, comfy.sdxl_clip.SDXLClipModel, texts, ("clip_l", "clip_g"))
+    ours, theirs = (
+        call(
+            nodes_clip_sdxl.CLIPTextEncodeSDXL, each, 96, 80, 0, 0, 96, 80, "a red circle", "left of (it:1.3)"
+        )
+        for each in (clip, local)
+    )
+    assert apart(ours, theirs) <= 3e-5
+    pooled = torch.randn(1, 1280, generator=torch.Generator().manual_seed(1))  # so wide the UNet takes it
+    for text in (ours, theirs):
+        text[0][1]["pooled_output"] = pooled
+    own_model = own.sdxl(path, "model.diffusion_model.")
+    error = far(samples(model, ours, 4), samples(own_model, theirs, 4))
+    print(f"latents: {error:.1e}")
+    assert error <= 3e-5
+    assert nodes.VAEDecode().decode(vae, {"samples": samples(model, ours, 4)})[0].shape == (1, 96, 80, 3)
+
+
+def test_a_hunyuandit_checkpoint_gives_comfyuis_texts_and_images(service: Service, folder: Path) -> None:
+    """All of hunyuan_dit_1.2.safetensors: BERT, mT5 and its tokenizer, the transformer and the VAE."""
+    path = folder / "checkpoints" / "hunyuan_dit_1.2.safetensors"
+    model, clip, vae, _ = checkpoint(service, path.name)
+    texts = own.below(load_file(path), "text_encoders.")
+    local = clip_of(clip, comfy.text_encoders.hydit.HyditModel, texts, ("hydit_clip", "mt5xl"))
+    ours, theirs = (
+        call(nodes_hunyuan.CLIPTextEncodeHunyuanDiT, each, "a red circle", "蓝色方块左边的红色圆圈")
+        for each in (clip, local)
+    )
+    assert apart(ours, theirs) <= 3e-5
+    error = far(samples(model, ours, 4), samples(own.hunyuandit(path, "model."), theirs, 4))
+    print(f"latents: {error:.1e}")
+    assert error <= 3e-5
+    assert nodes.VAEDecode().decode(vae, {"samples": samples(model, ours, 4)})[0].shape == (1, 96, 80, 3)
+
+
+def test_an_mt5_without_its_tokenizer_is_refused(service: Service, folder: Path) -> None:
+    with pytest.raises(XditError, match="no spiece_model"):
+        checkpoint(service, "hunyuan_without_tokenizer.safetensors")
+
+
+def clip_of(remote: Any, kind: Any, texts: dict[str, torch.Tensor], names: tuple[str, ...]) -> Any:
+    """A CLIP of ComfyUI's own class with weights of a checkpoint, else as the one from the daemon."""
+    stage = kind(dtype=torch.float32, model_options=CONFIGS)
+    for name in names:
+        encoder = own.below(texts, f"{name}.transformer.")
+        missing, _ = getattr(stage, name).transformer.load_state_dict(encoder, strict=False)
+        assert set(missing) <= {"text_projection.weight"}
+        if missing:
+            getattr(stage, name).transformer.text_projection.weight.data.copy_(
+                torch.eye(encoder["text_model.final_layer_norm.bias"].shape[0])
+            )
+    local = comfy.sd.CLIP(no_init=True)
+    vars(local).update(vars(remote))
+    local.cond_stage_model = stage
+    local.patcher = comfy.model_patcher.ModelPatcher(stage, torch.device("cpu"), torch.device("cpu"))
+    return local
+
+
+def samples(model: Any, positive: Any, channels: int) -> torch.Tensor:
+    given = {"samples": torch.zeros(1, channels, 12, 10)}
+    result: torch.Tensor = nodes.common_ksampler(
+        model, 1, 3, 1.0, "euler", "simple", positive, positive, given
+    )[0]["samples"]
+    return result
 
 
 def test_loading_again_finds_it_warm(service: Service) -> None:

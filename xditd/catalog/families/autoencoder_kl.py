@@ -9,7 +9,7 @@ from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
+from xditd.protocol.messages import ModelInfo, Plan
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "autoencoder_kl"
@@ -114,35 +114,7 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:
-    inputs.check_degrees_built(label, plan, ())
-    if len(plan.devices) != 1:
-        raise XditError(
-            Code.NOT_BUILT,
-            f"{label} on {len(plan.devices)} devices is not built in this version; name one device for it.",
-        )
-
-
-def check_conditioning(info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> None:
-    raise inputs.refuse(info, label, "take conditioning", "decode or encode with it")
-
-
-def check_denoise(
-    info: ModelInfo,
-    x: Tensor,
-    t: tuple[float, ...],
-    conditioning: Mapping[str, Tensor],
-    out: Tensor | None = None,
-) -> None:
-    raise inputs.refuse(info, label, "denoise", "open a run of a transformer")
-
-
-def check_sample(
-    info: ModelInfo,
-    message: Sample,
-    conditioning: Mapping[str, Tensor],
-    negative: Mapping[str, Tensor] | None = None,
-) -> None:
-    raise inputs.refuse(info, label, "sample", "open a run of a transformer")
+    inputs.check_one_device(label, plan)
 
 
 def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
@@ -173,7 +145,3 @@ def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> N
         inputs.check_shape(
             "out", out, (batch, info.facts["latent_channels"], height // scale, width // scale)
         )
-
-
-def check_encode_text(info: ModelInfo, message: EncodeText) -> None:
-    raise inputs.refuse(info, label, "encode text", "open a run of a text encoder")

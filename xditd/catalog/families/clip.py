@@ -1,21 +1,23 @@
-"""CLIP's text encoders, L and G, in the layout of transformers' files (text_model.encoder.layers.0…)."""
+"""CLIP's text encoders, L and G, in the layouts of transformers' files (text_model.encoder.layers.0…) and of OpenCLIP's
+(transformer.resblocks.0…)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from xditd.catalog.families import text_encoder
+from xditd.catalog.families import inputs, text_encoder
 from xditd.catalog.families.expected import check_shapes, count, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import EncodeText, ModelInfo
+from xditd.protocol.messages import EncodeText, ModelInfo, Plan
 from xditd.protocol.tensors import FLOATS
 
 name = "clip"
 label = "a CLIP text encoder"
-part = text_encoder.part
-parallel = text_encoder.parallel
+part = "text_encoder"
+parallel = False
 dtypes = FLOATS
 
 END = 49407
@@ -26,24 +28,54 @@ MAX_LAYERS = 64  # the largest known has 32
 OF_H = range(23, 31)
 """Layers of a CLIP-H and its kin, as ComfyUI tells them from L (12) and G (32): SD2's, which no family here takes."""
 
+
+class Names(NamedTuple):
+    """Where a layout has what tells the sizes of a model."""
+
+    layers: str
+    first: str  # the matrix in the first layer that makes its intermediate features
+    tokens: str
+    positions: str
+    projection: str
+
+
+TRANSFORMERS = Names(
+    layers="text_model.encoder.layers.",
+    first="text_model.encoder.layers.0.mlp.fc1.weight",
+    tokens="text_model.embeddings.token_embedding.weight",
+    positions="text_model.embeddings.position_embedding.weight",
+    projection="text_projection.weight",
+)
+OPENCLIP = Names(
+    layers="transformer.resblocks.",
+    first="transformer.resblocks.0.mlp.c_fc.weight",
+    tokens="token_embedding.weight",
+    positions="positional_embedding",
+    projection="text_projection",
+)
+
 IGNORED = frozenset({"text_model.embeddings.position_ids"})
 """In files of older transformers: the numbers 0 to n - 1."""
 
 
 def detect(header: Header, prefix: str) -> Detected | None:
-    """Facts: width, layers, heads, vocabulary, positions, intermediate, projection (1 with a text_projection)."""
-    first = prefix + "text_model.encoder.layers.0."
-    if first + "mlp.fc1.weight" not in header.tensors:
+    """Facts: width, layers, heads, vocabulary, positions, intermediate, projection (1 with a text_projection), openclip
+    (1 in OpenCLIP's layout)."""
+    names = next(
+        (names for names in (TRANSFORMERS, OPENCLIP) if prefix + names.first in header.tensors), None
+    )
+    if names is None:
         return None
-    vocabulary, width = shape(header, prefix + "text_model.embeddings.token_embedding.weight", 2)
+    vocabulary, width = shape(header, prefix + names.tokens, 2)
     facts = {
         "width": width,
-        "layers": count(header, prefix + "text_model.encoder.layers.", MAX_LAYERS),
+        "layers": count(header, prefix + names.layers, MAX_LAYERS),
         "heads": max(1, width // HEAD_DIM),
         "vocabulary": vocabulary,
-        "positions": shape(header, prefix + "text_model.embeddings.position_embedding.weight", 2)[0],
-        "intermediate": shape(header, first + "mlp.fc1.weight", 2)[0],
-        "projection": int(prefix + "text_projection.weight" in header.tensors),
+        "positions": shape(header, prefix + names.positions, 2)[0],
+        "intermediate": shape(header, prefix + names.first, 2)[0],
+        "projection": int(prefix + names.projection in header.tensors),
+        "openclip": int(names is OPENCLIP),
     }
     if width % facts["heads"]:
         raise XditError(
@@ -66,6 +98,32 @@ def variant(facts: Mapping[str, int]) -> str:
 
 def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Every parameter of a CLIP text encoder with these facts, by key: its shape."""
+    return _openclip(facts) if facts["openclip"] else _transformers(facts)
+
+
+def _openclip(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    width = facts["width"]
+    table: dict[str, tuple[int, ...]] = {
+        "token_embedding.weight": (facts["vocabulary"], width),
+        "positional_embedding": (facts["positions"], width),
+    }
+    for i in range(facts["layers"]):
+        start = f"transformer.resblocks.{i}"
+        for kind, size in (("weight", (width,)), ("bias", ())):
+            table[f"{start}.attn.in_proj_{kind}"] = (3 * width, *size)
+            table[f"{start}.attn.out_proj.{kind}"] = (width, *size)
+            table[f"{start}.mlp.c_fc.{kind}"] = (facts["intermediate"], *size)
+            for norm in ("ln_1", "ln_2"):
+                table[f"{start}.{norm}.{kind}"] = (width,)
+        table[f"{start}.mlp.c_proj.weight"] = (width, facts["intermediate"])
+        table[f"{start}.mlp.c_proj.bias"] = (width,)
+    table["ln_final.weight"] = table["ln_final.bias"] = (width,)
+    if facts["projection"]:
+        table["text_projection"] = (width, width)
+    return table
+
+
+def _transformers(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     width = facts["width"]
     table: dict[str, tuple[int, ...]] = {}
 
@@ -94,12 +152,9 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
 
 # ------------------------------------------------------------------------------------------- plan and inputs
 
-check_plan = text_encoder.check_plan
-check_conditioning = text_encoder.check_conditioning
-check_denoise = text_encoder.check_denoise
-check_sample = text_encoder.check_sample
-check_decode = text_encoder.check_decode
-check_encode = text_encoder.check_encode
+
+def check_plan(info: ModelInfo, plan: Plan) -> None:
+    inputs.check_one_device(label, plan)
 
 
 def check_encode_text(info: ModelInfo, message: EncodeText) -> None:

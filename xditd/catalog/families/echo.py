@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from xditd.catalog.families import inputs
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
-from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
+from xditd.protocol.messages import ModelInfo, Plan, Sample
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "echo"
@@ -66,10 +66,6 @@ def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> 
 
 def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
     """Any image to any out."""
-
-
-def check_encode_text(info: ModelInfo, message: EncodeText) -> None:
-    raise inputs.refuse(info, label, "encode text", "open a run of a text encoder")
 
 
 def _check_alike(what: str, tensor: Tensor | None, other: Tensor, of: str) -> None:

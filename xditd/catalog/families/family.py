@@ -27,10 +27,7 @@ class Detected:
 
 
 class Family(Protocol):
-    """A family of models. Every check raises XditError with one sentence that says what would work.
-
-    In the checks, `conditioning` is the tensors of one PutConditioning, as `check_conditioning` passed them.
-    """
+    """A family of models. Every check raises XditError with one sentence that says what would work."""
 
     name: str
     label: str  # as a sentence names one of it: "a Flux transformer"
@@ -48,6 +45,11 @@ class Family(Protocol):
 
     def check_plan(self, info: ModelInfo, plan: Plan) -> None:
         """Refuses a plan that this model cannot run under: `bad_plan`, or `not_built`."""
+
+
+class Transformer(Family, Protocol):
+    """One that denoises. In its checks, `conditioning` is the tensors of one PutConditioning, as `check_conditioning`
+    passed them."""
 
     def check_conditioning(
         self, info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]
@@ -73,11 +75,19 @@ class Family(Protocol):
     ) -> None:
         """Refuses a Sample: `bad_tensor`, `bad_value`. `negative` is the tensors of `message.negative`."""
 
+
+class Autoencoder(Family, Protocol):
+    """One that makes pictures of latents, and latents of pictures."""
+
     def check_decode(self, info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
         """Refuses a Decode: `bad_tensor`, `bad_value`."""
 
     def check_encode(self, info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
         """Refuses an Encode: `bad_tensor`, `bad_value`."""
+
+
+class TextEncoder(Family, Protocol):
+    """One that makes hidden states of tokens."""
 
     def check_encode_text(self, info: ModelInfo, message: EncodeText) -> None:
         """Refuses an EncodeText: `bad_tensor`, `bad_value`."""

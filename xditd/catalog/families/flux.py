@@ -10,7 +10,7 @@ from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
+from xditd.protocol.messages import ModelInfo, Plan, Sample
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "flux"
@@ -159,15 +159,3 @@ def check_sample(
     negative: Mapping[str, Tensor] | None = None,
 ) -> None:
     transformer.check_flow_sample(info, message, conditioning, negative)
-
-
-def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
-    raise transformer.other_part(info, label, "decode")
-
-
-def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
-    raise transformer.other_part(info, label, "encode")
-
-
-def check_encode_text(info: ModelInfo, message: EncodeText) -> None:
-    raise transformer.other_part(info, label, "encode text")

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from xditd.catalog.sentences import listed, shape_of
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.messages import Plan, Sample
 from xditd.protocol.tensors import FLOATS, Tensor
 
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "ddim")
@@ -167,11 +167,20 @@ def check_degrees_built(label: str, plan: Plan, built: tuple[str, ...]) -> None:
             )
 
 
+def check_one_device(label: str, plan: Plan) -> None:
+    """Refuses more than one device.
+
+    Raises:
+        XditError: `not_built`.
+    """
+    check_degrees_built(label, plan, ())
+    if len(plan.devices) != 1:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"{label} on {len(plan.devices)} devices is not built in this version; name one device for it.",
+        )
+
+
 def degrees_of(plan: Plan) -> Mapping[str, int]:
     """A plan's degrees by name."""
     return {name: getattr(plan, name) for name in ("cfg", "ulysses", "ring", "pipefusion", "tensor")}
-
-
-def refuse(info: ModelInfo, label: str, verb: str, cure: str) -> XditError:
-    """What to raise where a model cannot do what a run of it was asked."""
-    return XditError(Code.BAD_VALUE, f"{info.kind}/{info.name} is {label}, which does not {verb}; {cure}.")

@@ -42,7 +42,6 @@ OTHERS: Rows = (
     ("a video VAE", ("decoder.conv_in.conv.weight",)),
     ("a TAESD preview decoder", ("1.weight", "3.conv.0.weight")),
     ("a TAESD VAE", ("taesd_decoder.1.weight",)),
-    ("a CLIP text encoder in OpenCLIP's layout", ("transformer.resblocks.0.ln_1.weight",)),
     ("a language model", ("model.layers.0.self_attn.q_proj.weight",)),
 )  # fmt: skip
 

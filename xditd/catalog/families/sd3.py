@@ -10,7 +10,7 @@ from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.catalog.sentences import shape_of
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
+from xditd.protocol.messages import ModelInfo, Plan, Sample
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "sd3"
@@ -161,18 +161,6 @@ def check_sample(
 ) -> None:
     transformer.check_flow_sample(info, message, conditioning, negative)
     _check_size("noise", info, message.noise)
-
-
-def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
-    raise transformer.other_part(info, label, "decode")
-
-
-def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
-    raise transformer.other_part(info, label, "encode")
-
-
-def check_encode_text(info: ModelInfo, message: EncodeText) -> None:
-    raise transformer.other_part(info, label, "encode text")
 
 
 def _check_size(what: str, info: ModelInfo, x: Tensor) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xditd.catalog.families import text_encoder
+from xditd.catalog.families import inputs, text_encoder
 from xditd.catalog.families.expected import check_shapes, count, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
 from xditd.catalog.sentences import shape_of
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import EncodeText, ModelInfo
+from xditd.protocol.messages import EncodeText, ModelInfo, Plan
 
 name = "t5"
 label = "a T5 text encoder"
-part = text_encoder.part
-parallel = text_encoder.parallel
+part = "text_encoder"
+parallel = False
 dtypes = ("float32", "bfloat16")
 """Not float16: what passes between the blocks of a T5-XXL exceeds its range."""
 
@@ -78,12 +78,9 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
 
 # ------------------------------------------------------------------------------------------- plan and inputs
 
-check_plan = text_encoder.check_plan
-check_conditioning = text_encoder.check_conditioning
-check_denoise = text_encoder.check_denoise
-check_sample = text_encoder.check_sample
-check_decode = text_encoder.check_decode
-check_encode = text_encoder.check_encode
+
+def check_plan(info: ModelInfo, plan: Plan) -> None:
+    inputs.check_one_device(label, plan)
 
 
 def check_encode_text(info: ModelInfo, message: EncodeText) -> None:

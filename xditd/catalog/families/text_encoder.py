@@ -1,64 +1,17 @@
-"""What CLIP and T5 have in common: they take `encode_text` and nothing else, on one device."""
+"""What text encoders have in common: the shape of what they are asked."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from xditd.catalog.families import inputs
 from xditd.catalog.sentences import shape_of
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
-from xditd.protocol.tensors import Tensor
-
-part = "text_encoder"
-parallel = False
-label = "a text encoder"
+from xditd.protocol.messages import EncodeText, ModelInfo
 
 INTEGERS = ("int32", "int64")
 POOLED = ("none", "plain", "projected")
 
 MAX_TOKENS = 16384  # of a whole batch
 MAX_VECTORS = 4096
-
-
-def check_plan(info: ModelInfo, plan: Plan) -> None:
-    inputs.check_degrees_built(label, plan, ())
-    if len(plan.devices) != 1:
-        raise XditError(
-            Code.NOT_BUILT,
-            f"{label} on {len(plan.devices)} devices is not built in this version; name one device for it.",
-        )
-
-
-def check_conditioning(info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> None:
-    raise inputs.refuse(info, label, "take conditioning", "encode text with it")
-
-
-def check_denoise(
-    info: ModelInfo,
-    x: Tensor,
-    t: tuple[float, ...],
-    conditioning: Mapping[str, Tensor],
-    out: Tensor | None = None,
-) -> None:
-    raise inputs.refuse(info, label, "denoise", "open a run of a transformer")
-
-
-def check_sample(
-    info: ModelInfo,
-    message: Sample,
-    conditioning: Mapping[str, Tensor],
-    negative: Mapping[str, Tensor] | None = None,
-) -> None:
-    raise inputs.refuse(info, label, "sample", "open a run of a transformer")
-
-
-def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
-    raise inputs.refuse(info, label, "decode", "open a run of a VAE")
-
-
-def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
-    raise inputs.refuse(info, label, "encode images", "open a run of a VAE")
 
 
 def check_tokens(info: ModelInfo, message: EncodeText, *, longest: int, pooled: tuple[str, ...]) -> None:

@@ -97,9 +97,3 @@ def no_sample(info: ModelInfo, label: str) -> XditError:
         f"{info.kind}/{info.name} is {label}; the ranks' own loop is built for flow models only. "
         "Let the loop run in the client, with `denoise`.",
     )
-
-
-def other_part(info: ModelInfo, label: str, verb: str) -> XditError:
-    """What to raise where a transformer was asked for a VAE's or a text encoder's work."""
-    part = "text encoder" if verb == "encode text" else "VAE"
-    return inputs.refuse(info, label, verb, f"open a run of a {part}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 
 from xditd.catalog.families import clip
+from xditd.catalog.layouts.openclip import pieces
 from xditd.models.clip.config import config
 from xditd.models.reading import Piece, WeightFile, fill
 from xditd.models.text import additive, embed
@@ -21,9 +23,19 @@ class Backbone(nn.Module):
     def __init__(self, facts: Mapping[str, int]) -> None:
         super().__init__()
         self.text_model = CLIPTextModel(CLIPTextConfig(**config(facts)))
-        self.text_projection = (
-            nn.Linear(facts["width"], facts["width"], bias=False) if facts["projection"] else None
-        )
+        kind = Projection if facts["openclip"] else partial(nn.Linear, bias=False)
+        self.text_projection = kind(facts["width"], facts["width"]) if facts["projection"] else None
+
+
+class Projection(nn.Module):
+    """A linear layer of OpenCLIP's, whose matrix is [inputs, outputs]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
 
 
 class Clip:
@@ -93,7 +105,7 @@ class Clip:
 def load(
     file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
 ) -> Clip:
-    """A CLIP text encoder from a file in transformers' layout.
+    """A CLIP text encoder from a file in transformers' layout or OpenCLIP's.
 
     Args:
         file: mapped.
@@ -107,7 +119,8 @@ def load(
     """
     with torch.device("meta"):
         backbone = Backbone(facts)
-    fill(backbone, {key: Piece(prefix + key) for key in clip.parameters(facts)}, file, device, dtype)
+    same = {key: Piece(prefix + key) for key in backbone.state_dict()}
+    fill(backbone, pieces(facts, prefix) if facts["openclip"] else same, file, device, dtype)
     # A buffer that no file holds.
     backbone.text_model.embeddings.position_ids = torch.arange(facts["positions"], device=device).expand(
         1, -1
