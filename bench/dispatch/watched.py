@@ -31,7 +31,8 @@ DECISIONS = {
     "choose: which replica": (Placing, "_choose"),
     "turn: whose is next": (Turns, "next"),
 }
-"""What is decided; the second is a part of the first, where several replicas have room."""
+"""What is decided; the second is a part of the first, where several replicas have room. A look at which there is nothing to
+decide, as there is after every decision, is not counted: it takes no time, and would make the others look shorter."""
 
 CALLS = {
     "bind: the client and the ranks of a run are told of its place": (Dispatcher, "_bind"),
@@ -51,21 +52,22 @@ callbacks = {name: array("d") for name in ("cpu", "wall", "spawned")}
 spawned = [0]
 
 
-def clocked(times: array[float], call: Callable[..., Any]) -> Callable[..., Any]:
+def clocked(times: array[float], call: Callable[..., Any], *, decides: bool = False) -> Callable[..., Any]:
     @functools.wraps(call)
     def timed(*arguments: Any, **named: Any) -> Any:
         begin = time.thread_time()
-        try:
-            return call(*arguments, **named)
-        finally:
-            times.append(time.thread_time() - begin)
+        result = call(*arguments, **named)
+        took = time.thread_time() - begin
+        if result is not None or not decides:
+            times.append(took)
+        return result
 
     return timed
 
 
 def watch() -> None:
     for name, (owner, method) in {**DECISIONS, **CALLS}.items():
-        setattr(owner, method, clocked(times[name], getattr(owner, method)))
+        setattr(owner, method, clocked(times[name], getattr(owner, method), decides=name in DECISIONS))
     spawn = LocalExecutor.spawn
     run = asyncio.Handle._run
 
