@@ -142,7 +142,7 @@ class LoadUNet(io.ComfyNode):
             category=CATEGORY,
             description="Loads a diffusion model in the xDiT daemon, over several GPUs.",
             inputs=[
-                io.Combo.Input("unet_name", options=folder_paths.get_filename_list("diffusion_models")),
+                io.Combo.Input("unet_name", options=_diffusion_models()),
                 io.Combo.Input(
                     "weight_dtype",
                     options=["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"],
@@ -273,6 +273,17 @@ LoadTripleCLIP = _clip_loader(
 )
 
 NODES = [LoadCheckpoint, LoadUNet, LoadVAE, LoadCLIP, LoadDualCLIP, LoadTripleCLIP]
+
+
+GGUF = "xdit_gguf"
+"""A kind of ours in ComfyUI's table: it lists no GGUF files on its own."""
+
+
+def _diffusion_models() -> list[str]:
+    """Files of diffusion models that the daemon may load: those that ComfyUI lists, and GGUF files beside them."""
+    folders = folder_paths.get_folder_paths("diffusion_models")
+    folder_paths.folder_names_and_paths[GGUF] = (list(folders), {".gguf"})
+    return [*folder_paths.get_filename_list("diffusion_models"), *folder_paths.get_filename_list(GGUF)]
 
 
 def _plan(choices: dict[str, Any]) -> PlanRequest:

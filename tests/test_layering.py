@@ -52,6 +52,7 @@ LAZILY: dict[str, set[str]] = {
     "cli/doctor/compute.py": {"pynvml"},
     "cli/doctor/probe.py": {"torch"},  # a process of its own
     "daemon/__main__.py": {"uvloop"},
+    "models/reading.py": {"gguf"},  # numpy with it
     "daemon/devices.py": {"pynvml"},
     "daemon/gauges.py": {"pynvml"},
     "daemon/live_figures.py": {"prometheus_client"},

@@ -202,9 +202,9 @@ def test_a_checkpoint_is_skipped_for_what_is_wrong_and_not_for_what_it_lacks(cat
 
 def test_a_file_is_read_once_until_it_changes(catalog, models, monkeypatch):
     read = []
-    real = catalog_module.read_header
+    real = catalog_module.read_weights
     monkeypatch.setattr(
-        catalog_module, "read_header", lambda path, name: read.append(name) or real(path, name)
+        catalog_module, "read_weights", lambda path, name: read.append(name) or real(path, name)
     )
     path = write_flux(models / "unet" / "dev.safetensors")
     ref = ModelRef(kind="unet", name="dev.safetensors")

@@ -112,8 +112,6 @@ def test_a_flood_of_blocks_costs_no_time():
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
-        ({"double_blocks.0.img_attn.qkv.scale_weight": (1,)}, "scaled fp8"),
-        ({"scaled_fp8": (2,)}, "scaled fp8"),
         ({"double_blocks.0.img_attn.qkv.lora_gate": (1,)}, "does not know"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from xditd.catalog.catalog import Catalog
 from xditd.catalog.detection import PREFIXES, recognise
 from xditd.catalog.families import bert, clip, family, flux, t5
 from xditd.catalog.header import read_header
+from xditd.catalog.quantised import plain
 from xditd.catalog.roots import model_roots
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import EncodeText, ModelInfo, ModelRef, Plan
@@ -160,20 +163,22 @@ def test_a_umt5_is_not_taken_for_a_t5():
     assert key in error.message
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {"scaled_fp8": (0,)},
-        {"encoder.block.0.layer.0.SelfAttention.q.scale_weight": ()},
-        {"encoder.block.0.layer.0.SelfAttention.q.weight_scale": ()},
-    ],
-)
+@pytest.mark.parametrize("ending", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("prefix", ["", "text_encoders.t5xxl.transformer."])
-def test_scaled_fp8_is_never_loaded_without_its_scales(extra, prefix):
-    shapes = prefixed(prefix, t5.parameters(TINY_T5) | extra)
-    error = refusal(header_of(shapes, "F8_E4M3"), "t5xxl" if prefix else "text_encoder")
-    assert error.code is Code.NOT_BUILT
-    assert "scaled fp8" in error.message
+def test_weights_of_scaled_fp8_know_their_scales(ending, prefix):
+    weight = prefix + "encoder.block.0.layer.0.SelfAttention.q.weight"
+    shapes = prefixed(prefix, t5.parameters(TINY_T5))
+    numbers = {
+        weight.replace("weight", ending): (),
+        prefix + "scaled_fp8": (2,),
+        weight.replace("weight", "scale_input"): (),
+    }
+    raw = header_of(shapes, "F8_E4M3")
+    raw = replace(raw, tensors={**raw.tensors, **header_of(numbers, "F32").tensors})
+    header = plain(raw)
+    assert recognise(header, "t5xxl" if prefix else "text_encoder").dtype == "float8_e4m3fn"
+    assert header.tensors[weight].scale == raw.tensors[weight.replace("weight", ending)]
+    assert header.tensors.keys() == shapes.keys()
 
 
 @pytest.mark.parametrize(

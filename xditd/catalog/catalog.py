@@ -16,6 +16,7 @@ from xditd.catalog.detection import Recognised, recognise, role
 from xditd.catalog.header import read_header
 from xditd.catalog.roots import ModelFile, Roots, canonical
 from xditd.catalog.sentences import shown
+from xditd.catalog.weights import read_weights
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.plans import LoraMatch, LoraRef, ModelInfo, ModelRef, SkippedFile
 from xditd.protocol.tensors import FLOATS
@@ -235,7 +236,7 @@ class Catalog:
 
 def _read(kind: str, name: str, path: str) -> dict[str, Recognised | XditError]:
     try:
-        header = read_header(path, f"{kind}/{name}")
+        header = read_weights(path, f"{kind}/{name}")
     except XditError as error:
         return dict.fromkeys(PARTS[kind], _anew(error))
     parts: dict[str, Recognised | XditError] = {}

@@ -97,7 +97,8 @@ def dtype_of(entries: Iterable[TensorEntry]) -> str:
     counts: Counter[str] = Counter()
     for entry in entries:
         counts[entry.dtype] += entry.elements
-    return LOADABLE[counts.most_common(1)[0][0]]
+    most = counts.most_common(1)[0][0]
+    return LOADABLE.get(most, most)
 
 
 def _not_built(header: Header, other: str) -> XditError:

@@ -11,9 +11,10 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 from msgspec import Meta
@@ -46,12 +47,16 @@ class TensorEntry:
         dtype: by the format's name: "BF16", "F32", "F8_E4M3".
         shape: of a scalar: ().
         begin, end: bytes from the header's `data_offset`.
+        scale: a single number that it is to be multiplied with (`catalog.quantised`); None is 1.
+        file: index of its file, of a model in several.
     """
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    scale: TensorEntry | None = None
+    file: int = 0
 
     @property
     def elements(self) -> int:
@@ -68,6 +73,7 @@ class Header:
         data_offset: bytes from the file's beginning to the tensors' data.
         bytes: of the whole file.
         name: what sentences call the file.
+        files: of a model in several files, their names below its folder; () is one file.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -75,20 +81,20 @@ class Header:
     data_offset: int
     bytes: int
     name: str = "The file"
+    files: tuple[str, ...] = ()
 
 
-def read_header(path: str | os.PathLike[str], name: str = "") -> Header:
-    """The header of a safetensors file.
+@contextmanager
+def opened(path: str | os.PathLike[str], name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A model's file for reading, and its bytes.
 
     Args:
-        path: of the file.
-        name: what sentences call it; "" is the last part of its path.
+        name: what sentences call it.
 
     Raises:
-        XditError: `model_not_visible` where it cannot be opened, `file_refused` for a pickle, `not_built` for GGUF,
-            `file_invalid` for all else that is not a whole safetensors file.
+        XditError: `model_not_visible` where it cannot be opened, `file_refused` for what is no regular file,
+            `file_invalid` where it cannot be read.
     """
-    name = shown(name or os.path.basename(os.fspath(path)))
     try:
         # O_NONBLOCK: a FIFO in a model folder must not hold the daemon.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -102,18 +108,34 @@ def read_header(path: str | os.PathLike[str], name: str = "") -> Header:
         if not stat.S_ISREG(status.st_mode):
             raise XditError(Code.FILE_REFUSED, f"{name} is not a regular file.")
         with open(descriptor, "rb", closefd=False) as file:
-            start = file.read(64)
-            _refuse_foreign(name, start)
-            length = _length(name, start, status.st_size)
-            file.seek(8)
-            text = file.read(length)
+            yield file, status.st_size
     except OSError as error:
         raise XditError(Code.FILE_INVALID, f"{name} cannot be read: {error.strerror}.") from error
     finally:
         os.close(descriptor)
+
+
+def read_header(path: str | os.PathLike[str], name: str = "") -> Header:
+    """The header of a safetensors file.
+
+    Args:
+        path: of the file.
+        name: what sentences call it; "" is the last part of its path.
+
+    Raises:
+        XditError: as `opened` does; `file_refused` for a pickle, `not_built` for GGUF, `file_invalid` for all else that is
+            not a whole safetensors file.
+    """
+    name = shown(name or os.path.basename(os.fspath(path)))
+    with opened(path, name) as (file, size):
+        start = file.read(64)
+        _refuse_foreign(name, start)
+        length = _length(name, start, size)
+        file.seek(8)
+        text = file.read(length)
     if len(text) != length:
         raise XditError(Code.FILE_INVALID, f"{name} was cut short while it was read; try again.")
-    return parse_header(name, text, status.st_size)
+    return parse_header(name, text, size)
 
 
 def parse_header(name: str, text: bytes, size: int) -> Header:
@@ -150,7 +172,7 @@ def _refuse_foreign(name: str, start: bytes) -> None:
     if start.startswith(b"GGUF"):
         raise XditError(
             Code.NOT_BUILT,
-            f"{name} is a GGUF file, which this version does not load; use a safetensors file.",
+            f"{name} is a GGUF file; here a safetensors file is needed.",
         )
     if start.startswith(b"version https://git-lfs"):
         raise XditError(

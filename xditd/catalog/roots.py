@@ -17,8 +17,13 @@ from xditd.catalog.extra_paths import read_extra_paths
 from xditd.catalog.sentences import shown
 from xditd.protocol.errors import Code, XditError
 
-ALIASES = {"unet": "diffusion_models", "clip": "text_encoders"}
-"""ComfyUI's older names of kinds."""
+ALIASES = {
+    "unet": "diffusion_models",
+    "clip": "text_encoders",
+    "unet_gguf": "diffusion_models",  # of the node pack ComfyUI-GGUF
+    "clip_gguf": "text_encoders",
+}
+"""Other names of kinds: ComfyUI's older ones, and those of a node pack."""
 
 COMFYUI_FOLDERS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("checkpoints",),

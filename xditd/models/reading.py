@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from xditd.catalog.header import Header, read_header
+from xditd.catalog.families.expected import BLOCKS
+from xditd.catalog.header import Header, TensorEntry
 from xditd.catalog.layouts.piece import Piece
+from xditd.catalog.weights import read_weights
 from xditd.models.splits import Cut
 from xditd.protocol.errors import Code, XditError
 
@@ -53,43 +55,62 @@ class Placed:
 
 
 class WeightFile:
-    """A mapped safetensors file: its header, and its tensors as views of the mapping.
+    """A model's file, mapped, or all files of its folder: its header, and its tensors as views of the mapping.
 
     Attributes:
         header: of it.
         placed: the parameters that it has filled, by the network's name for them.
 
     Raises:
-        XditError: as `catalog.header.read_header` does.
+        XditError: as `catalog.weights.read_weights` does.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.header: Header = read_header(path)
+        self.header: Header = read_weights(path)
         self.placed: dict[str, Placed] = {}
-        # Private: nobody writes to weights, and a write would not reach the file. Shared with others all the same
-        # until then, as the kernel copies a page at the first write only.
-        storage: Any = torch.UntypedStorage.from_file(os.fspath(path), False, self.header.bytes)
-        self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
+        files = [os.path.join(path, name) for name in self.header.files] or [os.fspath(path)]
+        self._mapped = [_map(file) for file in files]
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a view of the mapping."""
-        return tensor.untyped_storage().data_ptr() == self._bytes.data_ptr()
+        return tensor.untyped_storage().data_ptr() in [mapped.data_ptr() for mapped in self._mapped]
 
     def let_go(self) -> None:
         """Takes the mapping's pages out of this process: they are in the page cache, and come back when they are read."""
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(self._bytes.data_ptr()), ctypes.c_size_t(self._bytes.numel()), mmap.MADV_DONTNEED
-        )
+        for mapped in self._mapped:
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(mapped.numel()), mmap.MADV_DONTNEED
+            )
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the file's dtype; a view of the mapping."""
+        """One tensor, on the CPU, in the file's dtype and without its scale: a view of the mapping; float32 of GGUF's blocks."""
         entry = self.header.tensors[key]
+        return self._view(entry) if entry.dtype in DTYPES else self._dequantised(entry, None)
+
+    def _view(self, entry: TensorEntry) -> torch.Tensor:
         dtype = DTYPES[entry.dtype]
-        begin, end = self.header.data_offset + entry.begin, self.header.data_offset + entry.end
-        raw = self._bytes[begin:end]
-        if begin % dtype.itemsize:
+        raw = self._raw(entry)
+        if raw.storage_offset() % dtype.itemsize:
             raw = raw.clone()  # a writer that aligned nothing; torch cannot view it in place
         return raw.view(dtype).view(entry.shape)
+
+    def _raw(self, entry: TensorEntry) -> torch.Tensor:
+        offset = self.header.data_offset
+        return self._mapped[entry.file][offset + entry.begin : offset + entry.end]
+
+    def _dequantised(self, entry: TensorEntry, rows: tuple[int, int] | None) -> torch.Tensor:
+        """Some rows of GGUF's blocks, float32; by the gguf package, whose numbers are the format's own."""
+        import gguf
+
+        kind = gguf.GGMLQuantizationType[entry.dtype]
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        shape, raw = entry.shape, self._raw(entry)
+        whole = len(shape) > 1 and entry.elements // shape[0] % block == 0  # each row has blocks of its own
+        if whole and rows is not None:
+            shape = (rows[1] - rows[0], *shape[1:])
+            raw = raw.view(entry.shape[0], -1)[rows[0] : rows[1]]
+        values = torch.from_numpy(gguf.quants.dequantize(raw.reshape(-1, nbytes).numpy(), kind)).view(shape)
+        return values if whole or rows is None else values[rows[0] : rows[1]]
 
     def value(
         self, piece: Piece, dtype: torch.dtype, upload: Upload | None = None, cut: Cut | None = None
@@ -102,9 +123,13 @@ class WeightFile:
             upload: takes it to another device, before it is converted.
             cut: takes this rank's part of it.
         """
-        value = self.tensor(piece.key)
-        if piece.rows is not None:
-            value = value[piece.rows[0] : piece.rows[1]]
+        entry = self.header.tensors[piece.key]
+        if entry.dtype not in DTYPES:
+            value = self._dequantised(entry, piece.rows).to(dtype)
+        else:
+            value = self._view(entry)
+            if piece.rows is not None:
+                value = value[piece.rows[0] : piece.rows[1]]
         if piece.swapped:
             value = torch.cat(value.chunk(2)[::-1])
         if piece.squeezed:
@@ -115,7 +140,16 @@ class WeightFile:
                 value = value.clone()  # or the whole copy stays for the sake of a part
         if upload is not None:
             value = upload(value.contiguous())
+        if entry.scale is not None:
+            value = value.to(torch.float32) * float(self._view(entry.scale))
         return value.to(dtype)
+
+
+def _map(path: str) -> torch.Tensor:
+    """A file's bytes. Private: nobody writes to weights, and a write would not reach the file. Shared with others all the
+    same until then, as the kernel copies a page at the first write only."""
+    storage: Any = torch.UntypedStorage.from_file(path, False, os.path.getsize(path))
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def fill(
@@ -177,7 +211,7 @@ def _check(
     for name, shape in expected.items():
         piece = pieces[name]
         entry = header.tensors[piece.key]
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in (*DTYPES, *BLOCKS):
             raise XditError(
                 Code.NOT_BUILT,
                 f"{piece.key} of {header.name} is {entry.dtype}, which this version does not load; "

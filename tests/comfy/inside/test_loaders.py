@@ -224,3 +224,11 @@ def test_a_choice_that_cannot_be_is_refused_before_the_daemon_is_asked(
 
 def test_a_chinese_comma_is_a_comma_too() -> None:
     assert loaders.device_names("0，1, 2") == ("0", "1", "2")
+
+
+def test_gguf_files_are_offered_beside_those_that_comfyui_lists(tmp_path: Path) -> None:
+    folder_paths.add_model_folder_path("diffusion_models", str(tmp_path))
+    (tmp_path / "flux-Q4_K.gguf").touch()
+    (tmp_path / "flux.safetensors").touch()
+    (unet_name, *_) = loaders.LoadUNet.define_schema().inputs
+    assert {"flux-Q4_K.gguf", "flux.safetensors"} <= set(unet_name.options)

@@ -19,7 +19,7 @@ from comfy_nodes.loras import LoadLoRA
 from comfy_nodes.patcher import wish
 from tests.comfy.inside import own
 from tests.comfy.inside.conftest import FLUX, XFUSER_RANKS, Serve
-from tests.comfy.inside.test_families import BOUND, KINDS, far, ksampler, load, once, plan
+from tests.comfy.inside.test_families import BOUND, KINDS, far, ksampler, load, plan
 from tests.comfy.inside.texts import latent
 from tests.live.service import Service
 from xditd.models.making import flux_facts, make_flux
@@ -134,8 +134,6 @@ def test_the_latents_are_those_of_comfyuis_own_loader(
     assert torch.equal(sample(remote, name), plain)
     if name == "sd3":
         assert far(sample(in_daemon(every), name), sample(all_of_theirs, name)) <= 2 * BOUND
-        once_more = far(once(every, name), once(every, name))
-        assert once_more == 0
 
 
 def test_the_node_says_what_the_file_changes(service: Service, folder: Path, said: list[str]) -> None:

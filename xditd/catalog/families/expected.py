@@ -103,7 +103,7 @@ def check_shapes(
         and key[len(prefix) :] not in shapes
         and key[len(prefix) :] not in ignored
     ]
-    _check_dtypes(header, prefix, shapes, unknown, label)
+    _check_dtypes(header, prefix, shapes, label)
     for key, expected in shapes.items():
         entry = header.tensors.get(prefix + key)
         if entry is None:
@@ -134,16 +134,16 @@ LOADABLE = {
 """The dtypes of files that the ranks load, with torch's names. What nothing computes in is converted at loading."""
 
 
-def _check_dtypes(header: Header, prefix: str, shapes: Shapes, unknown: list[str], label: str) -> None:
-    scaled = [key for key in unknown if key.endswith((".scale_weight", ".scale_input", ".weight_scale"))]
-    if scaled or prefix + "scaled_fp8" in header.tensors:
-        raise XditError(
-            Code.NOT_BUILT,
-            f"{header.name} is {label} in scaled fp8, which this version does not load; use its bf16 or fp16 file.",
-        )
+BLOCKS = (
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
+)  # fmt: skip
+"""GGUF's types that several elements share a block of: they load too."""
+
+
+def _check_dtypes(header: Header, prefix: str, shapes: Shapes, label: str) -> None:
     for key in shapes:
         entry = header.tensors.get(prefix + key)
-        if entry is not None and entry.dtype not in LOADABLE:
+        if entry is not None and entry.dtype not in (*LOADABLE, *BLOCKS):
             raise XditError(
                 Code.NOT_BUILT,
                 f"{header.name} is {label} in {entry.dtype} (quantised), which this version does not load; use its bf16 "
