@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.cli import reports
 from xditd.protocol.errors import XditError
-from xditd.protocol.messages import Loaded, MemoryFreed, MemoryStatus, ModelInfo, Queued, Unloaded
+from xditd.protocol.messages import Loaded, MemoryFreed, MemoryStatus, ModelInfo, Queued, Slept, Unloaded
 
 
 class Scripted:
@@ -29,6 +29,7 @@ class Scripted:
                 warm=False,
             ),
             "unload": Unloaded(re=1, groups=("g3", "g4")),
+            "sleep": Slept(re=1, groups=("g3",), before=(), after=()),
             "free_memory": MemoryFreed(
                 re=1,
                 groups=("g4",),

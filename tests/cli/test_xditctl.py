@@ -173,6 +173,14 @@ def test_free_tells_what_came_back_and_what_is_in_use(ask):
     assert "Runs use g3." in result.stdout
 
 
+def test_sleep_wants_one_thing_named(ask):
+    assert ask("sleep").exit_code == 2
+    assert ask("sleep vae/x --group g3").exit_code == 2
+    result = ask("sleep --group g3")
+    assert result.client.asked[1] == ("sleep", (None,), {"group": "g3"})
+    assert "g3 sleeps" in result.stdout
+
+
 def test_unload_wants_one_thing_named(ask):
     assert ask("unload").exit_code == 2
     assert ask("unload vae/x --group g3").exit_code == 2

@@ -243,6 +243,8 @@ class FakeDaemon:
             return m.Loaded(
                 re=message.id, group="g1", plan=PLAN, model=MODEL, dtype="float32", seconds=0.0, warm=True
             ), out
+        if isinstance(message, m.Sleep):
+            return m.Slept(re=message.id, groups=("g1",), before=(), after=()), out
         if isinstance(message, m.Unload):
             return m.Unloaded(re=message.id, groups=("g1",)), out
         if isinstance(message, m.OpenRun):

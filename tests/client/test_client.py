@@ -38,6 +38,7 @@ def test_it_knows_its_daemon(daemon: FakeDaemon, client: Client) -> None:
     assert client.models().models[0].family == "flux"
     assert client.load(MODEL).warm
     assert client.unload(group="g1").groups == ("g1",)
+    assert client.sleep(group="g1").groups == ("g1",)
     client.cancel(7)
     client.drain()
 

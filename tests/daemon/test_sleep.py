@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.daemon.world import VAE, World
 from xditd.daemon.groups import Group
 from xditd.daemon.residency import Keep
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
+from xditd.protocol.errors import XditError
 
 GPU = ("cuda:0",)
 TEN = Keep(awake=10.0)
@@ -21,9 +24,15 @@ def idle(**arguments) -> tuple[World, Group]:
     return world, group
 
 
-def asleep(**arguments) -> tuple[World, Group]:
+def dozing(**arguments) -> tuple[World, Group]:
     world, group = idle(**arguments)
     world.pass_time(11.0)
+    assert group.state == "dozing"
+    return world, group
+
+
+def asleep(**arguments) -> tuple[World, Group]:
+    world, group = dozing(**arguments)
     world.rest(group, asleep=True)
     assert group.state == "asleep"
     return world, group
@@ -128,6 +137,22 @@ def test_one_that_was_put_to_sleep_for_another_and_is_wanted_again_comes_behind_
     assert other.state == "bound"
 
 
+def test_it_can_be_put_to_sleep_by_name_but_not_under_a_run():
+    world, group = idle(keep=Keep())
+    world.core.sleep([group], world.now)
+    assert (group.state, told(world, group, o.Sleep)) == ("dozing", 1)
+    world.core.sleep([group], world.now)  # on its way already
+    world.rest(group, asleep=True)
+    world.open()
+    world.rest(group, asleep=False)
+    with pytest.raises(XditError, match="group_busy"):
+        world.core.sleep([group], world.now)
+    world, group = idle(host_free=13)
+    with pytest.raises(XditError, match="out_of_memory"):
+        world.core.sleep([group], world.now)
+    assert group.state == "ready"
+
+
 def test_room_is_made_by_sleep_where_the_host_has_room_and_else_by_leaving():
     for host_free, state in ((20, "dozing"), (13, "leaving")):
         world, group = idle(
@@ -163,9 +188,9 @@ def test_it_can_be_unloaded_and_freed_while_it_sleeps():
     world, group = asleep()
     world.core.unload([group], False, world.now)
     assert group.state == "leaving"
-    world, group = asleep()
-    assert world.core.fleet.free_memory(0, GPU, world.now) == [group]
-    assert group.state == "leaving"
+    for world, group in (asleep(), dozing()):
+        assert world.core.fleet.free_memory(0, GPU, world.now) == [group]
+        assert group.state == "leaving"
 
 
 def test_a_rank_that_dies_asleep_is_not_missed_until_somebody_comes():

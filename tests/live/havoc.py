@@ -36,6 +36,10 @@ REFUSALS = frozenset({"run_cancelled", "rank_lost", "queue_full", "draining"})
 """How asking for one may end: its place in line was cancelled, or its model unloaded, before it came to anything."""
 
 
+LIVING = ("starting", "importing", "joining", "loading", "ready", "asleep")
+"""Phases of a rank that can be killed. Only one that is ready is stopped: a turn's deadline finds it soon."""
+
+
 @dataclass
 class Crowd:
     """What became of the clients' runs.
@@ -145,6 +149,7 @@ class Chaos:
             "cancel": (5, self._cancel),
             "unload": (2, lambda: self._unload(force=False)),
             "unload by force": (2, lambda: self._unload(force=True)),
+            "sleep": (2, self._sleep),
             "free memory": (1, self._client.free_memory),
             "load": (2, self._load),
         }
@@ -175,12 +180,18 @@ class Chaos:
             rank.pid
             for group in self._client.status().groups
             for rank in group.ranks
-            if rank.pid and rank.phase != "gone"
+            if rank.pid and rank.phase in (("ready",) if number == signal.SIGSTOP else LIVING)
         ]
         with contextlib.suppress(ProcessLookupError):
             if pids:
                 os.kill(self._chance.choice(pids), number)
         return bool(pids)
+
+    def _sleep(self) -> bool:
+        groups = self._client.status().groups
+        if groups:
+            self._client.sleep(group=self._chance.choice(groups).group)
+        return bool(groups)
 
     def _load(self) -> bool:
         """Asks, and does not wait: the model may have to wait for others' room."""

@@ -24,7 +24,7 @@ SETTINGS = {
     "models.patience": "0.5s",
     "deadlines.turn": "2s",
     "deadlines.first_turn": "2s",
-    "deadlines.load": "10s",
+    "deadlines.load": "20s",  # on a machine that is busy with others' things
     "deadlines.stop": "1s",
     "restart.limit": 1000,
     "restart.backoff": "0.05s",

@@ -60,7 +60,8 @@ def test_a_model_sleeps_wakes_for_the_next_run_and_its_picture_is_the_same(
         assert torch.equal(sample(client), before)
         again = group(client)
         assert (again.generation, [r.pid for r in again.ranks]) == (1, [r.pid for r in awake.ranks])
-        wait_for(lambda: group(client).state == "asleep", "the model to sleep again")
+        slept = client.sleep(MODEL)  # at once, without waiting for the second
+        assert (slept.groups, group(client).state) == ((again.group,), "asleep")
         assert torch.equal(sample(client), before)
         heard: list[str] = []
         client.watch(lambda happened: heard.append(happened.event), after=0, count=10)

@@ -15,6 +15,7 @@ from rich.text import Text
 from xditd.cli import words
 from xditd.cli.bars import PhaseBar
 from xditd.cli.commands import MODEL, connect, endpoint_option, json_option, print_json, stderr, stdout
+from xditd.protocol.figures import MemoryStatus
 from xditd.protocol.messages import ModelList, ModelRef, PlanRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -217,6 +218,39 @@ def unload(endpoint: str | None, model: ModelRef | None, group: str, force: bool
 
 
 @click.command()
+@click.argument("model", type=MODEL, required=False)
+@click.option("--group", default="", help="This group alone, as `xditctl status` names it.")
+@json_option
+@endpoint_option
+def sleep(endpoint: str | None, model: ModelRef | None, group: str, as_json: bool) -> None:
+    """Have MODEL sleep in the host's memory: its devices' memory is free until the next run, or `xditctl load`, wakes it.
+
+    \b
+    Examples:
+      xditctl sleep diffusion_models/flux1-dev.safetensors
+      xditctl sleep --group g3
+    """
+    if (model is None) == (not group):
+        raise click.UsageError("Name either a MODEL or a --group.")
+    with connect(endpoint, shared_memory=False) as client:
+        answer = client.sleep(model, group=group)
+    if as_json:
+        print_json(answer)
+        return
+    console = stdout()
+    console.print(f"{words.OK} {words.joined(answer.groups)} sleeps.", markup=False)
+    _show_memory(console, answer.before, answer.after)
+
+
+def _show_memory(console: Console, before: tuple[MemoryStatus, ...], after: tuple[MemoryStatus, ...]) -> None:
+    for was, now in zip(before, after, strict=True):
+        console.print(
+            f"   {was.device}: {words.size(was.used)} in use before, {words.size(now.used)} after",
+            markup=False,
+        )
+
+
+@click.command()
 @click.option(
     "--gib", type=click.FloatRange(min=0), default=0, help="GiB that each device gets back; default: all."
 )
@@ -240,10 +274,6 @@ def free(endpoint: str | None, gib: float, devices: str, as_json: bool) -> None:
     console.print(
         f"{words.OK} Ended {words.joined(answer.groups) or 'nothing: no idle model is there'}.", markup=False
     )
-    for before, after in zip(answer.before, answer.after, strict=True):
-        console.print(
-            f"   {before.device}: {words.size(before.used)} in use before, {words.size(after.used)} after",
-            markup=False,
-        )
+    _show_memory(console, answer.before, answer.after)
     if answer.in_use:
         console.print(f"   Runs use {words.joined(answer.in_use)}.", style="dim", markup=False)

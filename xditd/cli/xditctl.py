@@ -10,7 +10,7 @@ from xditd.cli.demo import demo
 from xditd.cli.doctor.command import doctor
 from xditd.cli.events import events
 from xditd.cli.logs import logs
-from xditd.cli.models import free, load, models, unload
+from xditd.cli.models import free, load, models, sleep, unload
 from xditd.cli.runs import cancel, drain, runs
 from xditd.cli.sample import sample
 from xditd.cli.status import status, wait_ready
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 for command in (
-    status, top, events, logs, models, load, unload, free, runs, cancel, sample, demo, doctor, wait_ready, drain,
+    status, top, events, logs, models, load, unload, sleep, free, runs, cancel, sample, demo, doctor, wait_ready, drain,
     support_bundle,
 ):  # fmt: skip
     main.add_command(command)

@@ -149,6 +149,15 @@ class Client:
         fields = {"model": None if model is None else _model(model), "group": group, "force": force}
         return self._ask(m.Unload, fields, max(self._timeout, _GONE))
 
+    def sleep(self, model: m.ModelRef | str | None = None, *, group: str = "") -> m.Slept:
+        """Has the groups of a model sleep in the host's memory, or the one named, until the next run or `load`.
+
+        Raises:
+            XditError: `group_busy` where runs use one; `out_of_memory` where the host has no room.
+        """
+        fields = {"model": None if model is None else _model(model), "group": group}
+        return self._ask(m.Sleep, fields, max(self._timeout, _GONE))
+
     def free_memory(self, nbytes: int = 0, devices: Sequence[str] = ()) -> m.MemoryFreed:
         """Ends models that no run uses, until each device has so many bytes back. Returns when they are gone.
 

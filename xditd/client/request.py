@@ -18,6 +18,7 @@ ANSWERS: dict[type[Struct], type[Struct]] = {
     m.Models: m.ModelList,
     m.Load: m.Loaded,
     m.Unload: m.Unloaded,
+    m.Sleep: m.Slept,
     m.FreeMemory: m.MemoryFreed,
     m.OpenRun: m.RunOpened,
     m.PutConditioning: m.ConditioningPut,

@@ -66,6 +66,7 @@ class Dispatcher:
         self.ended = ended
         self.noticed: Callable[[Group], None] = lambda group: None  # called when a group's state has changed
         self.gone: Callable[[Group, float], None] = lambda group, now: None
+        self.asleep: Callable[[], None] = lambda: None  # called when a group has gone to sleep
         self.fleet = Fleet(clients, ranks, deadlines, restarts, residency, self)
         self.turns = Turns()
         self.runs = Roster()
@@ -177,6 +178,28 @@ class Dispatcher:
             self.fleet.leave(group, now)  # behind the turn that it may be in
         self.settle(now)
 
+    def sleep(self, groups: list[Group], now: float) -> None:
+        """Tells groups to sleep.
+
+        Raises:
+            XditError: `group_busy` where a run uses one, or it is not ready; `out_of_memory` where the host has no room.
+        """
+        awake = [group for group in groups if group.state not in ("dozing", "asleep")]
+        everybody = self.fleet.groups.values()
+        for number, group in enumerate(awake):
+            if self.uses(group) or group.state != "ready":
+                raise XditError(
+                    Code.GROUP_BUSY,
+                    f"Group {group.name} is in use or not ready; wait for its runs or cancel them.",
+                )
+            if not self.fleet.residency.room_to_sleep(group, everybody, awake[:number]):
+                raise XditError(
+                    Code.OUT_OF_MEMORY,
+                    f"The host's memory has no room for {group.ref.name} to sleep in; unload it instead.",
+                )
+        for group in awake:
+            self.fleet.sleep(group, now)
+
     def client_gone(self, peer: bytes, segments: tuple[int, ...], now: float) -> None:
         """A client's connection ended: its runs end, the ranks drop its segments."""
         for run in self.runs.of(peer):
@@ -265,6 +288,7 @@ class Dispatcher:
 
     def group_asleep(self, group: Group, now: float) -> None:
         self.noticed(group)
+        self.asleep()
 
     def group_failed(self, group: Group, now: float) -> None:
         """Takes its runs back into the queue; another replica may take them at once.

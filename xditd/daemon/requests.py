@@ -37,13 +37,17 @@ log = logging.getLogger("xditd.requests")
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """Groups that were told to leave, and the memory of their devices before."""
+    """Groups that were told to leave, or to sleep, and the memory of their devices before."""
 
     groups: list[Group]
     before: tuple[m.MemoryStatus, ...]
 
+    sleep: bool = False
+
     @property
     def over(self) -> bool:
+        if self.sleep:
+            return not any(group.state == "dozing" for group in self.groups)
         return all(group.state == "gone" for group in self.groups)
 
 
@@ -88,9 +92,10 @@ class Requests:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[int, list[tuple[bytes, Struct]]] = {}  # run → answers due when it has ended
         self._draining: list[tuple[bytes, m.Drain]] = []
-        self._leaving: list[tuple[bytes, m.Unload | m.FreeMemory, Departure]] = []
+        self._leaving: list[tuple[bytes, m.Unload | m.Sleep | m.FreeMemory, Departure]] = []
         dispatcher.ended = self._ended
         dispatcher.gone = lambda group, now: self._departed()
+        dispatcher.asleep = self._departed
 
     def handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:
         """Does what a request asks; its answer follows through the port, at once or later.
@@ -106,6 +111,8 @@ class Requests:
                 self._spawn(message.id, session.peer, session.name, self._open(session, message))
             case m.Unload():
                 self._unload(session, message, now)
+            case m.Sleep():
+                self._sleep(session, message, now)
             case m.FreeMemory():
                 self._free_memory(session, message, now)
             case m.PutConditioning():
@@ -219,19 +226,29 @@ class Requests:
         self.dispatcher.fleet.load(peer, message, found, keys, time.monotonic(), loras)
 
     def _unload(self, session: Session, message: m.Unload, now: float) -> None:
-        groups = [
-            group for group in self.dispatcher.fleet.groups.values() if group.alive and _meant(message, group)
-        ]
-        if not groups:
-            what = message.group or (message.model.name if message.model else "nothing")
-            raise XditError(
-                Code.NO_SUCH_GROUP, f"There is no group {what!r} to unload; `xditctl status` lists them."
-            )
+        groups = self._meant(message)
         departure = Departure(groups, self._memory(group.devices for group in groups))
         self.dispatcher.unload(groups, message.force, now)
         log.info("Unloaded by %s: %s.", session.name, ", ".join(group.name for group in groups))
         self._leaving.append((session.peer, message, departure))
         self._departed()
+
+    def _sleep(self, session: Session, message: m.Sleep, now: float) -> None:
+        groups = self._meant(message)
+        before = self._memory(group.devices for group in groups)
+        self.dispatcher.sleep(groups, now)
+        log.info("Put to sleep by %s: %s.", session.name, ", ".join(group.name for group in groups))
+        self._leaving.append((session.peer, message, Departure(groups, before, sleep=True)))
+        self._departed()
+
+    def _meant(self, message: m.Unload | m.Sleep) -> list[Group]:
+        """The groups that a request names."""
+        groups = self.dispatcher.fleet.groups.values()
+        meant = [group for group in groups if group.alive and _is_meant(message, group)]
+        if not meant:
+            what = message.group or (message.model.name if message.model else "nothing")
+            raise XditError(Code.NO_SUCH_GROUP, f"There is no group {what!r}; `xditctl status` lists them.")
+        return meant
 
     def _free_memory(self, session: Session, message: m.FreeMemory, now: float) -> None:
         devices = planner.devices(message.devices, list(self.devices))
@@ -249,6 +266,8 @@ class Requests:
             after = self._memory([[one.device for one in left.before]])
             if isinstance(message, m.Unload):
                 answer: Struct = m.Unloaded(re=message.id, groups=names, before=left.before, after=after)
+            elif isinstance(message, m.Sleep):
+                answer = m.Slept(re=message.id, groups=names, before=left.before, after=after)
             else:
                 there = {one.device for one in left.before}
                 stayed = tuple(
@@ -353,7 +372,7 @@ def _conditioning(run: Run, key: str) -> dict[str, Any]:
     return run.conditioning[key][0].tensors
 
 
-def _meant(message: m.Unload, group: Group) -> bool:
+def _is_meant(message: m.Unload | m.Sleep, group: Group) -> bool:
     if message.group:
         return group.name == message.group
     wanted = message.model

@@ -159,13 +159,17 @@ class Residency:
         return next((g for g in idle if self.may_sleep(g, groups)), None)
 
     def may_sleep(self, group: Group, groups: Iterable[Group], besides: Sequence[Group] = ()) -> bool:
-        """Whether it is one that sleeps, and the host's memory has room for its weights.
+        """Whether it is one that sleeps by itself, and the host's memory has room for its weights.
 
         Args:
             besides: that are about to be told to sleep too.
         """
         if group.state != "ready" or math.isinf(self.keep.seconds_awake(group)):
             return False
+        return self.room_to_sleep(group, groups, besides)
+
+    def room_to_sleep(self, group: Group, groups: Iterable[Group], besides: Sequence[Group] = ()) -> bool:
+        """Whether the host's memory has room for its weights."""
         host = self.memory.memory(HOST)
         if host is None:
             return True
@@ -196,7 +200,7 @@ class Residency:
             chosen += [
                 g
                 for g in groups
-                if g.state == "asleep"
+                if g.state in ("dozing", "asleep")
                 and not in_use(g)
                 and any(pool(device) in pools for device in g.devices)
             ]

@@ -125,6 +125,14 @@ class Unload(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="unload"
     force: bool = False
 
 
+class Sleep(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sleep", tag_field="type"):
+    """Have groups that no run uses give their devices' memory back and keep the weights in the host's."""
+
+    id: Id
+    model: ModelRef | None = None
+    group: Name = ""
+
+
 class FreeMemory(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="free_memory", tag_field="type"):
     """End models that no run uses, those that are worth least first, until each device has so many bytes back."""
 
@@ -261,6 +269,7 @@ Request = Union[
     Models,
     Load,
     Unload,
+    Sleep,
     FreeMemory,
     OpenRun,
     PutConditioning,
@@ -333,6 +342,13 @@ class Unloaded(Struct, frozen=True, kw_only=True, tag="unloaded", tag_field="typ
     groups: tuple[str, ...]
     before: tuple[MemoryStatus, ...] = ()  # of the groups' devices
     after: tuple[MemoryStatus, ...] = ()
+
+
+class Slept(Struct, frozen=True, kw_only=True, tag="slept", tag_field="type"):
+    re: Id
+    groups: tuple[str, ...]  # that sleep
+    before: tuple[MemoryStatus, ...]
+    after: tuple[MemoryStatus, ...]
 
 
 class MemoryFreed(Struct, frozen=True, kw_only=True, tag="memory_freed", tag_field="type"):
@@ -464,6 +480,7 @@ Reply = Union[
     ModelList,
     Loaded,
     Unloaded,
+    Slept,
     MemoryFreed,
     RunOpened,
     ConditioningPut,
