@@ -79,7 +79,6 @@ def refuse_unbuilt(*, strategy: str, scheduling: str, allow_approximate: bool, f
         if chosen not in choices:
             raise XditError(Code.BAD_VALUE, f"There is no {chosen!r}; choose {', '.join(choices)}.")
     unbuilt: Sequence[tuple[bool, str, str]] = (
-        (strategy == "PipeFusion", f"the strategy {strategy}", "auto, Hybrid, USP, CFG or Tensor"),
         (
             fallback,
             "fallback",
@@ -87,8 +86,8 @@ def refuse_unbuilt(*, strategy: str, scheduling: str, allow_approximate: bool, f
         ),
         (
             allow_approximate,
-            "an approximate plan",
-            "allow_approximate off: all plans of this version are exact",
+            "an approximate plan of auto's or Hybrid's own choice",
+            "the strategy PipeFusion by its name, with allow_approximate off",
         ),
     )
     for asked, what, works in unbuilt:

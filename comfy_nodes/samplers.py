@@ -27,7 +27,7 @@ def _ours() -> list[Any]:
             optional=True,
             tooltip=(
                 "Who goes through the steps. comfyui: any sampler, mask and guider, exactly as stock. daemon: the same "
-                f"for {', '.join(LOOPS)} without a mask, with less between two steps."
+                f"for {', '.join(LOOPS)} without a mask, with less between two steps; always so with PipeFusion."
             ),
         ),
     ]
@@ -148,9 +148,11 @@ def _sample(inputs: dict[str, Any], seed: int, **named: Any) -> io.NodeOutput:
     model, dispatcher = inputs["model"], inputs["dispatcher"]
     leaf = remote(model)
     check_same(model, dispatcher)
-    if inputs.get("loop") == "daemon":
+    pipelined = dispatcher.plan.strategy == "PipeFusion"
+    if pipelined or inputs.get("loop") == "daemon":
         model = in_daemon(model)
     begin = time.perf_counter()
     sampled = nodes.common_ksampler(model, seed, *(inputs[name] for name in SHARED), **named)
-    say(f"{leaf.verdict()} in {time.perf_counter() - begin:.1f} s")
+    how = "; steps overlap, so the loop is the daemon's" if pipelined else ""
+    say(f"{leaf.verdict()} in {time.perf_counter() - begin:.1f} s{how}")
     return io.NodeOutput(*sampled)

@@ -188,8 +188,8 @@ def test_heads_that_ulysses_does_not_divide_are_refused_with_the_degrees_that_wo
 
 
 def test_degrees_that_are_not_built_are_refused():
-    plan = Plan(devices=("a", "b"), pipefusion=2)
-    refused(Code.NOT_BUILT, "pipefusion 2", family("flux").check_plan, FLUX, plan)
+    plan = Plan(devices=tuple("abcd"), pipefusion=2, ring=2)
+    refused(Code.NOT_BUILT, "pipefusion together with ring", family("flux").check_plan, FLUX, plan)
 
 
 # ---------------------------------------------------------------------------------------------------------- VAE

@@ -159,6 +159,9 @@ LATENT = {
     "hunyuandit_1.1": tensor(1, 4, 33, 50),
     "sdxl": tensor(1, 4, 33, 50),
 }
+STAGED = ("sd3_medium",)
+"""Those that pipefusion deals out."""
+
 HIGHEST = {"sd3_medium": 1000.0, "pixart_alpha": 999.0, "hunyuandit_1.1": 999.0, "sdxl": 999.0}
 
 
@@ -335,15 +338,21 @@ def test_only_flow_models_are_sampled_in_the_ranks(name: str) -> None:
 def test_a_plan_that_cannot_run_is_refused_with_what_would(name: str) -> None:
     family, described = model(name)
     family.check_plan(described, Plan(devices=("a",)))
-    pipelined = Plan(devices=("a", "b"), pipefusion=2)
-    refused(Code.NOT_BUILT, "pipefusion 2", family.check_plan, described, pipelined)
+    pipelined = Plan(devices=tuple("abcd"), pipefusion=2, cfg=2)
     shared = Plan(devices=tuple("abcdefgh"), tensor=2, ring=2, cfg=2)
     if family.parallel:
         family.check_plan(described, shared)
+        if name in STAGED:
+            family.check_plan(described, pipelined)
+            many = Plan(devices=tuple("a" * 1000), pipefusion=1000)
+            refused(Code.BAD_PLAN, "needs as many blocks", family.check_plan, described, many)
+        else:
+            refused(Code.NOT_BUILT, "pipefusion 2", family.check_plan, described, pipelined)
         family.check_plan(described, Plan(devices=tuple("abcdef"), ulysses=2, ring=3))
         refused(Code.BAD_PLAN, "heads", family.check_plan, described, Plan(devices=tuple("abcde"), ulysses=5))
     else:
         refused(Code.NOT_BUILT, "2 is not built", family.check_plan, described, shared)
+        refused(Code.NOT_BUILT, "2 is not built", family.check_plan, described, pipelined)
         refused(
             Code.NOT_BUILT, "one device", family.check_plan, described, Plan(devices=("a", "b"), ulysses=2)
         )

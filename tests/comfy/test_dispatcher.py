@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from comfy_nodes.dispatcher import SCHEDULINGS, Dispatcher, device_names, refuse_unbuilt
+from comfy_nodes.dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
 from xditd.protocol.errors import XditError
 from xditd.protocol.messages import ModelRef, PlanRequest
 
@@ -65,7 +65,7 @@ def test_gpu_devices_that_name_none_are_refused(text: str) -> None:
 
 
 def test_what_is_built_passes() -> None:
-    for strategy in ("auto", "Hybrid", "USP", "CFG", "Tensor"):
+    for strategy in STRATEGIES:
         refuse_unbuilt(**{**BUILT, "strategy": strategy})
     for scheduling in SCHEDULINGS:
         refuse_unbuilt(**{**BUILT, "scheduling": scheduling})
@@ -74,7 +74,6 @@ def test_what_is_built_passes() -> None:
 @pytest.mark.parametrize(
     "choice",
     [
-        {"strategy": "PipeFusion"},
         {"allow_approximate": True},
         {"fallback": True},
     ],

@@ -19,7 +19,7 @@ def flux(heads: int = 24) -> m.ModelInfo:
         dtype="bfloat16",
         bytes=1,
         parameters=1,
-        facts={"heads": heads, "head_dim": 128},
+        facts={"heads": heads, "head_dim": 128, "double_blocks": 19, "single_blocks": 38},
     )
 
 
@@ -108,6 +108,34 @@ def test_the_layers_are_shared_where_that_is_asked(request_, expected):
     assert len(made.devices) == 1 or made.reason
 
 
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (m.PlanRequest(strategy="PipeFusion", devices=("0-3",)), (1, 4)),
+        (m.PlanRequest(strategy="PipeFusion", cfg=2, devices=("0-3",)), (2, 2)),
+        (m.PlanRequest(strategy="PipeFusion", pipefusion=2, devices=("0", "1")), (1, 2)),
+        (m.PlanRequest(strategy="PipeFusion", devices=("0",)), (1, 1)),
+    ],
+)
+def test_stages_take_the_devices_that_no_other_degree_speaks_for(request_, expected):
+    made = plan(request_, flux(), GPUS)
+    assert (made.cfg, made.pipefusion) == expected
+    assert made.ulysses == made.ring == made.tensor == 1
+    assert ("approximate" in made.reason) == (made.pipefusion > 1)
+
+
+def test_no_strategy_is_approximate_that_was_not_chosen_by_name():
+    for strategy in ("auto", "Hybrid", "USP", "Tensor", "CFG"):
+        assert plan(m.PlanRequest(strategy=strategy), flux(), GPUS[:2]).pipefusion == 1
+
+
+def test_there_are_no_more_stages_than_blocks():
+    with pytest.raises(XditError) as refused:
+        plan(m.PlanRequest(strategy="PipeFusion"), flux(), [f"cuda:{i}" for i in range(60)])
+    assert refused.value.code == "bad_plan"
+    assert "57 would work" in refused.value.message
+
+
 def test_ulysses_divides_the_heads_that_tensor_leaves():
     with pytest.raises(XditError) as refused:
         plan(m.PlanRequest(tensor=2, ulysses=2, devices=("0-3",)), flux(heads=6), GPUS)
@@ -124,7 +152,8 @@ def test_ulysses_divides_the_heads_that_tensor_leaves():
         (m.PlanRequest(ulysses=5, devices=("0", "1", "2", "3", "4")), "bad_plan", "24"),
         (m.PlanRequest(devices=("9",)), "bad_device", "cuda:0"),
         (m.PlanRequest(devices=("1", "cuda:1")), "bad_device", "twice"),
-        (m.PlanRequest(strategy="PipeFusion"), "not_built", "USP"),
+        (m.PlanRequest(pipefusion=2, ulysses=2, devices=("0-3",)), "not_built", "together with ulysses"),
+        (m.PlanRequest(pipefusion=2, tensor=2, devices=("0-3",)), "not_built", "together with tensor"),
         (m.PlanRequest(strategy="magic"), "bad_plan", "auto"),
         (
             m.PlanRequest(strategy="Tensor", devices=("0", "1", "2", "3", "4")),

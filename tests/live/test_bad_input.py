@@ -106,7 +106,7 @@ def test_a_file_that_is_no_model_starts_no_rank(
         (m.PlanRequest(ulysses=3, devices=("0", "1", "2")), "bad_plan"),  # 4 heads
         (m.PlanRequest(ulysses=8), "bad_plan"),
         (m.PlanRequest(devices=("7",)), "bad_device"),
-        (m.PlanRequest(strategy="PipeFusion"), "not_built"),
+        (m.PlanRequest(pipefusion=2, ulysses=2), "not_built"),
     ],
 )
 def test_a_plan_that_cannot_be_starts_no_rank(client: Client, plan: m.PlanRequest, code: str) -> None:

@@ -196,6 +196,7 @@ def running(
     ulysses: int = 1,
     ring: int = 1,
     tensor: int = 1,
+    pipefusion: int = 1,
     dtype: str = "float32",
     options: Mapping[str, str] | None = None,
     wait: bool = True,
@@ -205,7 +206,7 @@ def running(
     plan: Mapping[str, int] | None = None,
 ) -> Iterator[Ranks]:
     """Ranks of one plan, ready unless `wait` is false."""
-    world = cfg * ulysses * ring * tensor
+    world = cfg * ulysses * ring * tensor * pipefusion
     folder.mkdir(parents=True, exist_ok=True)
     devices = tuple(f"{device}:{i}" for i in range(world))
     specs = [
@@ -215,7 +216,15 @@ def running(
             rank=rank,
             world=world,
             device=devices[rank],
-            plan=Plan(devices=devices, cfg=cfg, ulysses=ulysses, ring=ring, tensor=tensor, **(plan or {})),
+            plan=Plan(
+                devices=devices,
+                cfg=cfg,
+                ulysses=ulysses,
+                ring=ring,
+                tensor=tensor,
+                pipefusion=pipefusion,
+                **(plan or {}),
+            ),
             endpoint=f"ipc://{folder}/ranks",
             store=f"file://{folder}/store",
             parent=parent or os.getpid(),

@@ -38,6 +38,7 @@ class Wish:
         sigmas: explicit ones; () makes `steps` of them.
         mu: shift of the sigmas.
         denoise: how much of the schedule is run, 0 to 1.
+        warmup, patches: of a plan with pipefusion.
     """
 
     model: ModelRef
@@ -56,6 +57,8 @@ class Wish:
     cfg: float = 1.0
     guidance: float | None = None
     lora: tuple[LoraRef, ...] = ()
+    warmup: int = 1
+    patches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,8 @@ def draw(client: Client, wish: Wish, console: Console) -> Drawn:
                     latent=None if start is None else (start - habit.shift) * habit.scale,
                     callback=steps.step,
                     previews=False,
+                    warmup=wish.warmup,
+                    patches=wish.patches,
                 )
             seconds = time.monotonic() - began
         except KeyboardInterrupt:

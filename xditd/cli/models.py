@@ -28,7 +28,7 @@ STRATEGIES = ("auto", "Hybrid", "USP", "CFG", "PipeFusion", "Tensor")
 
 
 def plan_options(command: F) -> F:
-    """--strategy, --ulysses, --ring, --tensor, --devices: what is left out is the planner's choice."""
+    """--strategy, the degrees, --devices: what is left out is the planner's choice."""
     for decorate in (
         click.option(
             "--devices",
@@ -56,8 +56,8 @@ def plan_options(command: F) -> F:
             type=click.Choice(STRATEGIES, case_sensitive=False),
             default=STRATEGIES[0],
             show_default=True,
-            help="How the devices share the work. CFG computes positive and negative side by side; with Tensor each device holds "
-            "a share of the weights.",
+            help="How the devices share the work. CFG computes positive and negative side by side; with Tensor and PipeFusion "
+            "each device holds a share of the weights. PipeFusion is approximate.",
         ),
     ):
         command = decorate(command)

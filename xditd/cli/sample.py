@@ -129,6 +129,19 @@ class Lora(click.ParamType):
     multiple=True,
     help="A LoRA below models/loras, and how much of it: ink.safetensors:0.8; several are added up.",
 )
+@click.option(
+    "--warmup",
+    type=click.IntRange(1, 4096),
+    default=1,
+    show_default=True,
+    help="With PipeFusion: first steps that are computed exactly.",
+)
+@click.option(
+    "--patches",
+    type=click.IntRange(0, 1024),
+    default=0,
+    help="With PipeFusion: patches of the picture; 0 is as many as devices.",
+)
 @plan_options
 @click.option("--dtype", type=DTYPES, help="Compute dtype; default: the file's own.")
 @endpoint_option

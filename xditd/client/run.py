@@ -175,29 +175,32 @@ class Run:
         callback: Callable[[int, int, float, T | None], None] | None = None,
         previews: bool = True,
         interrupt: Interrupt | None = None,
+        warmup: int = 1,
+        patches: int = 0,
     ) -> T:
         """The whole sampling loop in the ranks, a turn per step.
 
         Args:
             noise: of unit variance, [B, C, H, W].
             sigmas: descending, one more than there are steps.
-            conditioning: key of the positive conditioning.
+            conditioning, negative: keys of the positive and negative; the latter is used where cfg is not 1.
             sampler: "euler", "heun", "dpmpp_2m" or "ddim".
-            negative: key of the negative conditioning; used where cfg is not 1.
             cfg: scale of classifier-free guidance.
             latent: to start from, in the model's own scale; None is zeros.
-            callback: called in this thread with (step, total, sigma, x0) after every step; x0 is a copy of the
-                prediction, or None where a later one has come already. What it raises cancels the run.
+            callback: called in this thread with (step, total, sigma, x0) after every step; x0 is a copy, or None
+                where a later one has come already. What it raises cancels the run.
             previews: False leaves x0 out.
+            warmup, patches: with pipefusion: steps computed exactly, and patches after them; 0: as many as stages.
 
         Returns:
             The latent in the model's own scale, shaped and typed as the noise.
         """
         parcel = self._parcel()
         given = source(noise)
-        place = (given.dtype, given.shape, given.nbytes)
         shown = callback is not None and previews
         try:
+            sizes = [(given.dtype, given.shape, given.nbytes)] * (1 + (_PREVIEWS if shown else 0))
+            room, *slots = (parcel.room(*size) for size in sizes)
             fields = {
                 "run": self.id,
                 "sampler": sampler,
@@ -207,13 +210,11 @@ class Run:
                 "latent": None if latent is None else parcel.put(source(latent)),
                 "negative": negative,
                 "cfg": float(cfg),
-                "out": (room := parcel.room(*place)),
-                "previews": tuple(
-                    slot
-                    for _ in range(_PREVIEWS if shown else 0)
-                    if (slot := parcel.room(*place)) is not None
-                ),
+                "out": room,
+                "previews": tuple(slot for slot in slots if slot is not None),
                 "preview_frames": shown and room is None,
+                "warmup": warmup,
+                "patches": patches,
             }
         except BaseException:
             parcel.release()

@@ -1,6 +1,6 @@
 """From what was asked to how the model runs: a plan, or a refusal that says what would work.
 
-Pure: it is told the model's facts and the names of the devices. The choice is exact only: sequence parallelism
+Pure: it is told the model's facts and the names of the devices. Unless pipefusion is named, the choice is exact: sequence parallelism
 (USP), ulysses as far as the heads divide and ring for the rest, and by itself never cfg, since whether a sampling is
 guided is not known when its model is loaded, nor tensor, which is for models that do not fit; a VAE or a text encoder
 takes one device.
@@ -18,11 +18,11 @@ from xditd.daemon.scheduling import POLICIES
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
 
-EXACT = ("auto", "usp", "hybrid", "cfg", "tensor")
-"""Strategies that this version builds, in lower case. auto, usp and hybrid mean sequence parallelism for what no degree
-speaks for."""
+STRATEGIES = ("auto", "usp", "hybrid", "cfg", "tensor", "pipefusion")
+"""In lower case. auto, usp and hybrid mean sequence parallelism for what no degree speaks for."""
 
-LATER = ("pipefusion",)
+FILLING = ("tensor", "pipefusion")
+"""Strategies whose own degree takes the devices that no other degree speaks for."""
 
 GUIDED = 2
 """Calls of a step with classifier-free guidance: the degree of the strategy cfg, unless another is named."""
@@ -70,13 +70,7 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
         XditError: `bad_device`, `bad_plan`, or `not_built` for what this version has not.
     """
     strategy = request.strategy.lower() or "auto"
-    if strategy in LATER:
-        raise XditError(
-            Code.NOT_BUILT,
-            f"Strategy {request.strategy} is not built in this version; auto, USP, CFG, Tensor and Hybrid "
-            "(exact) are.",
-        )
-    if strategy not in EXACT:
+    if strategy not in STRATEGIES:
         raise XditError(
             Code.BAD_PLAN,
             f"There is no strategy {request.strategy!r}; choose auto, USP, Hybrid, CFG, PipeFusion or Tensor.",
@@ -93,8 +87,8 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
         )
     rest = len(devices) // product
     degrees = dict(given)
-    if rest > 1 and strategy == "tensor" and not single and "tensor" not in given:
-        degrees["tensor"] = rest
+    if rest > 1 and strategy in FILLING and not single and strategy not in given:
+        degrees[strategy] = rest
     elif rest > 1:
         degrees = _fill(degrees, rest, info)
         if math.prod(degrees.values()) != len(devices):
@@ -175,6 +169,8 @@ def _spell(degrees: dict[str, int]) -> str:
 def _reason(request: PlanRequest, degrees: dict[str, int], info: ModelInfo, devices: int) -> str:
     if devices == 1:
         return "one device"
+    if degrees.get("pipefusion", 1) > 1:
+        return "approximate, since steps overlap; exact where every step is warm-up"
     if degrees.get("cfg", 1) > 1:
         return "exact; cond and uncond side by side, where the cfg scale is not 1"
     if all(getattr(request, name) for name in degrees):

@@ -51,6 +51,9 @@ class Departure:
         return all(group.state == "gone" for group in self.groups)
 
 
+PIPELINED = ("euler", "dpmpp_2m", "ddim")
+"""Samplers that call the model once a step, as a pipeline of stages needs it."""
+
 MAX_CONDITIONINGS = 256
 """Conditionings of one run."""
 
@@ -345,6 +348,8 @@ class Requests:
 def _check_work(run: Run, work: Work) -> None:
     """Refuses what does not fit the run's model."""
     info = run.found.info
+    if run.key.plan.pipefusion > 1:
+        _check_pipelined(run, work)
     if isinstance(work, m.Denoise):
         rules = families.transformer_of(info, "denoise")
         for item in work.items:
@@ -360,6 +365,21 @@ def _check_work(run: Run, work: Work) -> None:
         families.autoencoder_of(info, "encode images").check_encode(info, work.image, work.out)
     else:
         families.text_encoder_of(info, "encode text").check_encode_text(info, work)
+
+
+def _check_pipelined(run: Run, work: Work) -> None:
+    """Refuses what a pipeline of stages, which overlaps steps, cannot do."""
+    if isinstance(work, m.Denoise):
+        raise XditError(
+            Code.BAD_PLAN,
+            f"pipefusion {run.key.plan.pipefusion} computes steps that overlap, and so a whole sampling at once: use "
+            "`sample` (in ComfyUI: loop daemon), or for `denoise` a plan without it, as the strategies USP and Tensor make.",
+        )
+    if isinstance(work, m.Sample) and work.sampler not in PIPELINED:
+        raise XditError(
+            Code.BAD_VALUE,
+            f"Under pipefusion the ranks do not run the sampler {work.sampler!r}; they run {', '.join(PIPELINED)}.",
+        )
 
 
 def _conditioning(run: Run, key: str) -> dict[str, Any]:

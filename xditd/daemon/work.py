@@ -31,6 +31,8 @@ def begin(run: int, work: m.Sample) -> o.BeginSample:
         out=work.out,
         previews=work.previews,
         preview_frames=work.preview_frames,
+        warmup=work.warmup,
+        patches=work.patches,
     )
 
 

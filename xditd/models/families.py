@@ -15,6 +15,7 @@ from xditd.catalog.families import family
 from xditd.models.lora import Loras
 from xditd.models.reading import WeightFile
 from xditd.models.splits import Cut, Divide
+from xditd.models.stages import Stages
 from xditd.models.tokens import Tokens
 from xditd.models.weights import Weights
 from xditd.protocol.errors import Code, XditError
@@ -26,12 +27,13 @@ class Row:
 
     part: str  # "transformer", "vae" or "text_encoder"
     module: str  # imported when it is needed: diffusers and transformers take seconds
+    stages: str = ""  # the module whose `Staged` takes the network apart into stages, where there is one
 
 
 FAMILIES = {
-    "flux": Row("transformer", "xditd.models.flux.network"),
-    "sd3": Row("transformer", "xditd.models.sd3.network"),
-    "pixart": Row("transformer", "xditd.models.pixart.network"),
+    "flux": Row("transformer", "xditd.models.flux.network", "xditd.models.flux.stages"),
+    "sd3": Row("transformer", "xditd.models.sd3.network", "xditd.models.sd3.stages"),
+    "pixart": Row("transformer", "xditd.models.pixart.network", "xditd.models.pixart.stages"),
     "hunyuandit": Row("transformer", "xditd.models.hunyuandit.network"),
     "sdxl": Row("transformer", "xditd.models.sdxl.network"),
     "autoencoder_kl": Row("vae", "xditd.models.vae.network"),
@@ -107,3 +109,16 @@ def load(
             loaded.weights = Weights(file, device)
             return loaded
     raise XditError(Code.FILE_INVALID, f"{file.header.name} holds no {name}; choose the model's own file.")
+
+
+def in_stages(name: str, network: Any) -> Stages:
+    """A transformer that `load` returned, in stages.
+
+    Raises:
+        XditError: `not_built` for a family that has none.
+    """
+    row = FAMILIES[name]
+    if not row.stages:
+        raise XditError(Code.NOT_BUILT, f"pipefusion is not built for {name} in this version.")
+    stages: Stages = importlib.import_module(row.stages).Staged(network)
+    return stages

@@ -59,6 +59,19 @@ class Embed(nn.Module):
         return tokens if self.places is None else tokens + self.places
 
 
+def embed(embedding: Embed, patches: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Patches that stand in these places as hidden states [B, n, width]."""
+    batch, count, channels, size, _ = patches.shape
+    embedding.places = places
+    tokens: torch.Tensor = embedding(patches.transpose(1, 2).reshape(batch, channels, count * size, size))
+    return tokens
+
+
+def predicted(tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """What a module's last layer gives for each token, [B, n, size·size·C], as patches."""
+    return tokens.unflatten(-1, (size, size, -1)).permute(0, 1, 4, 2, 3)
+
+
 def run(module: Callable[..., Any], patches: torch.Tensor, **same: Any) -> torch.Tensor:
     """One call of a module whose patch embedding is an `Embed`, on patches: the patches that it predicts.
 

@@ -39,10 +39,15 @@ class Splits:
     Attributes:
         layers: by the name of linear layers, in which * stands for anything: how they are divided. The rest is whole.
         attentions: names of modules whose `heads` are divided.
+        blocks: names of the lists of blocks, in their order, where these may be dealt out to stages.
+        first, last: names of layers that the first stage needs alone, and the last.
     """
 
     layers: Mapping[str, Split]
     attentions: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
 
     def of(self, name: str) -> Split | None:
         """How the layer of that name is divided; None is not at all."""

@@ -200,6 +200,10 @@ class Sample(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="sample"
     out: Tensor | None = None
     previews: tuple[Tensor, ...] = ()  # slots that x0 is written to in turn, shaped as noise
     preview_frames: bool = False  # without slots: x0 comes as a frame of each `progress`
+    # Of a plan with pipefusion, else of no effect: first steps that are computed exactly, and patches of the image
+    # after them; 0 patches are as many as stages.
+    warmup: Annotated[int, Meta(ge=1, le=4096)] = 1
+    patches: Annotated[int, Meta(ge=0, le=1024)] = 0
 
 
 class Decode(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="decode", tag_field="type"):

@@ -87,6 +87,8 @@ class BeginSample(Struct, frozen=True, kw_only=True, tag="begin_sample", tag_fie
     out: Tensor | None
     previews: tuple[Tensor, ...]
     preview_frames: bool
+    warmup: int = 1
+    patches: int = 0
 
 
 class TurnSample(Struct, frozen=True, kw_only=True, tag="turn_sample", tag_field="type"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -63,6 +64,8 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     device, dtype = Device(spec.device), DTYPES[spec.dtype]
     kernel = attention.choose(device.torch, dtype)
     plan = spec.plan
+    if plan.pipefusion > 1:
+        return _load_stage(spec, places, faults, tell)
     sequence = plan.ulysses * plan.ring
     world: Any = None
     tensor: Any = None
@@ -114,6 +117,31 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     return Denoiser(network, transfer, device, name, cfg)
 
 
+def _load_stage(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
+    from xditd.models.families import in_stages
+    from xditd.models.families import load as load_network
+    from xditd.rank import attention
+    from xditd.rank.device import Device
+    from xditd.rank.links import Links
+    from xditd.rank.pipefusion import PipeFusion
+    from xditd.rank.stage import Stage
+    from xditd.rank.transfer import DTYPES, Transfer
+
+    device, dtype = Device(spec.device), DTYPES[spec.dtype]
+    kernel = attention.choose(device.torch, dtype)
+    _meet(spec, device.is_cuda, tell)
+    links = Links(spec.plan.pipefusion, spec.rank, spec.world, device.torch)
+    tell("loading")
+    faults.at_load()
+    stage = Stage(links.stage, links.stages)
+    network = load_network(spec.family, spec.path, spec.part, device.torch, dtype, stage.divide)
+    stages = in_stages(spec.family, network)
+    network.backbone.set_attention_backend(kernel.diffusers)
+    name = kernel.name if attention.obeyed(network.backbone) else attention.TORCHS
+    transfer = Transfer(device.torch, spec.rank, spec.world, places)
+    return PipeFusion(network, stages, links, transfer, device, name)
+
+
 def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
     """A VAE or a text encoder: every rank of a world has all of it."""
     from xditd.models.families import load as load_network
@@ -148,16 +176,12 @@ def _meet(spec: RankSpec, is_cuda: bool, tell: Tell) -> None:
 def _check(spec: RankSpec) -> None:
     """Refuses what this version does not do. The daemon's planner does so first; this is the last line."""
     plan: Plan = spec.plan
-    if plan.pipefusion != 1:
-        raise XditError(
-            Code.NOT_BUILT, "A plan with pipefusion is not built; cfg, ulysses, ring and tensor are."
-        )
-    if spec.part == "transformer" and plan.cfg * plan.tensor * plan.ulysses * plan.ring != spec.world:
-        raise XditError(
-            Code.BAD_PLAN,
-            f"cfg {plan.cfg} × tensor {plan.tensor} × ulysses {plan.ulysses} × ring {plan.ring} is not the world of "
-            f"{spec.world} ranks.",
-        )
+    degrees = {name: getattr(plan, name) for name in ("cfg", "pipefusion", "tensor", "ulysses", "ring")}
+    spelt = " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one rank"
+    if spec.part == "transformer" and math.prod(degrees.values()) != spec.world:
+        raise XditError(Code.BAD_PLAN, f"{spelt} is not the world of {spec.world} ranks.")
+    if plan.pipefusion > 1 and plan.tensor * plan.ulysses * plan.ring > 1:
+        raise XditError(Code.NOT_BUILT, f"{spelt} is not built in this version; pipefusion with cfg is.")
 
 
 def _prepare(spec: RankSpec) -> None:

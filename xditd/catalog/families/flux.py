@@ -119,7 +119,8 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:
-    transformer.check_plan(info, plan, label)
+    blocks = info.facts["double_blocks"] + info.facts["single_blocks"]
+    transformer.check_plan(info, plan, label, blocks)
 
 
 def check_conditioning(info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> None:

@@ -125,7 +125,7 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:
-    transformer.check_plan(info, plan, label)
+    transformer.check_plan(info, plan, label, info.facts["blocks"])
 
 
 def check_conditioning(info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> None:

@@ -12,13 +12,19 @@ from xditd.protocol.tensors import Tensor
 Conditioning = Mapping[str, Tensor]
 
 
-def check_plan(info: ModelInfo, plan: Plan, label: str) -> None:
-    """Refuses what is neither cfg, nor ring, nor tensor and ulysses of degrees that divide the heads.
+def check_plan(info: ModelInfo, plan: Plan, label: str, blocks: int = 0) -> None:
+    """Refuses what is neither cfg, nor ring, nor tensor and ulysses of degrees that divide the heads, nor pipefusion.
+
+    Args:
+        blocks: that can be dealt out to stages of pipefusion; 0 where the family has none.
 
     Raises:
         XditError: `not_built`, `bad_plan` with the degrees that would work.
     """
-    inputs.check_degrees_built(label, plan, ("cfg", "ulysses", "ring", "tensor"))
+    pipelined = ("pipefusion",) if blocks else ()
+    inputs.check_degrees_built(label, plan, ("cfg", "ulysses", "ring", "tensor", *pipelined))
+    if plan.pipefusion > 1:
+        _check_pipeline(info, plan, blocks)
     heads = info.facts["heads"]
     if heads % plan.tensor:
         raise XditError(
@@ -34,6 +40,21 @@ def check_plan(info: ModelInfo, plan: Plan, label: str) -> None:
             Code.BAD_PLAN,
             f"ulysses {plan.ulysses} does not divide the {of}; {_divisors(heads // plan.tensor)} would, and ring takes "
             "any degree.",
+        )
+
+
+def _check_pipeline(info: ModelInfo, plan: Plan, blocks: int) -> None:
+    beside = [name for name in ("ulysses", "ring", "tensor") if getattr(plan, name) > 1]
+    if beside:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"pipefusion together with {' and '.join(beside)} is not built in this version; pipefusion with cfg is, and "
+            "ulysses, ring and tensor without pipefusion.",
+        )
+    if plan.pipefusion > blocks:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"pipefusion {plan.pipefusion} needs as many blocks, and {info.name} has {blocks}; up to {blocks} would work.",
         )
 
 

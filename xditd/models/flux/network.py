@@ -76,21 +76,28 @@ class Flux:
         Returns:
             [B, C, H, W] in the compute dtype.
         """
-        batch, _, height, width = x.shape
+        _, _, height, width = x.shape
+        keywords = self.keywords(tuple(x.shape), sigma, conditioning)
+        tokens = self.call(hidden_states=inputs.pack(x.to(self.dtype)), **keywords)
+        return inputs.unpack(tokens, height, width)
+
+    def keywords(
+        self, shape: tuple[int, ...], sigma: torch.Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        """What a call for a latent of a shape takes beside its tokens; the time embedding is told its times."""
+        batch, _, height, width = shape
         guidance = None
         if self.backbone.config.guidance_embeds:
-            guidance = torch.full((batch,), conditioning.guidance, device=x.device)
+            guidance = torch.full((batch,), conditioning.guidance, device=self.device)
         self._time.set(sigma, guidance)
-        tokens = self.call(
-            hidden_states=inputs.pack(x.to(self.dtype)),
-            encoder_hidden_states=conditioning.context.expand(batch, -1, -1),
-            pooled_projections=conditioning.pooled.expand(batch, -1),
-            timestep=sigma,
-            guidance=guidance,
-            img_ids=self._image_ids(height, width, x.device),
-            txt_ids=inputs.text_ids(conditioning.context.shape[1], x.device),
-        )
-        return inputs.unpack(tokens, height, width)
+        return {
+            "encoder_hidden_states": conditioning.context.expand(batch, -1, -1),
+            "pooled_projections": conditioning.pooled.expand(batch, -1),
+            "timestep": sigma,
+            "guidance": guidance,
+            "img_ids": self._image_ids(height, width, self.device),
+            "txt_ids": inputs.text_ids(conditioning.context.shape[1], self.device),
+        }
 
     def run(self, module: Callable[..., Any], **keywords: Any) -> torch.Tensor:
         """A module on some of the tokens, or on all."""

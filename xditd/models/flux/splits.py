@@ -27,4 +27,7 @@ SPLITS = Splits(
         "time_text_embed.*_embedder.linear_2": INPUTS,
     },
     attentions=("*.attn",),
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    first=("x_embedder", "context_embedder"),
+    last=("norm_out", "proj_out"),
 )

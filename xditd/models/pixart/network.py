@@ -76,15 +76,20 @@ class PixArt:
         Returns:
             [B, C, H, W] in the compute dtype.
         """
-        batch, channels, height, width = x.shape
-        predicted = self.call(
-            patches=split(x.to(self.dtype), self._embed.size),
-            places=self._places(height, width, x.device),
-            encoder_hidden_states=conditioning.context.expand(batch, -1, -1),
-            timestep=t,
-            added_cond_kwargs=self._sizes(conditioning, x),
-        )
+        _, channels, height, width = x.shape
+        keywords = self.keywords(tuple(x.shape), t, conditioning)
+        predicted = self.call(patches=split(x.to(self.dtype), self._embed.size), **keywords)
         return join(predicted[:, :, :channels], height, width)
+
+    def keywords(self, shape: tuple[int, ...], t: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """What a call for a latent of a shape takes beside its patches."""
+        batch, _, height, width = shape
+        return {
+            "places": self._places(height, width, self.device),
+            "encoder_hidden_states": conditioning.context.expand(batch, -1, -1),
+            "timestep": t,
+            "added_cond_kwargs": self._sizes(conditioning, batch, height, width),
+        }
 
     def run(
         self, module: Callable[..., Any], *, patches: torch.Tensor, places: torch.Tensor, **same: Any
@@ -93,18 +98,19 @@ class PixArt:
         self._embed.places = places
         return run(module, patches, **same)
 
-    def _sizes(self, conditioning: Conditioning, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    def _sizes(
+        self, conditioning: Conditioning, batch: int, height: int, width: int
+    ) -> dict[str, torch.Tensor | None]:
         if not self._facts["sizes"]:
             return {"resolution": None, "aspect_ratio": None}
-        batch, _, height, width = x.shape
         scale = self._facts["scale"]
         given = conditioning
         size = (given.height or height * scale, given.width or width * scale)
         ratio = given.aspect_ratio or height / width
         return {
             # In the compute dtype, as ComfyUI hands them over.
-            "resolution": torch.tensor([size], dtype=self.dtype, device=x.device).expand(batch, -1),
-            "aspect_ratio": torch.tensor([[ratio]], dtype=self.dtype, device=x.device).expand(batch, -1),
+            "resolution": torch.tensor([size], dtype=self.dtype, device=self.device).expand(batch, -1),
+            "aspect_ratio": torch.tensor([[ratio]], dtype=self.dtype, device=self.device).expand(batch, -1),
         }
 
     def _make_places(self, height: int, width: int, device: torch.device) -> torch.Tensor:

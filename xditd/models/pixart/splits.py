@@ -17,4 +17,6 @@ SPLITS = Splits(
         "caption_projection.linear_2": INPUTS,
     },
     attentions=("*.attn1", "*.attn2"),
+    blocks=("transformer_blocks",),
+    last=("norm_out", "proj_out"),
 )

@@ -73,16 +73,20 @@ class SD3:
         Returns:
             [B, C, H, W] in the compute dtype.
         """
-        batch, _, height, width = x.shape
-        size = self._embed.size
-        predicted = self.call(
-            patches=split(x.to(self.dtype), size),
-            places=self._cropped(*grid(height, width, size)),
-            encoder_hidden_states=conditioning.context.expand(batch, -1, -1),
-            pooled_projections=conditioning.pooled.expand(batch, -1),
-            timestep=t,
-        )
+        _, _, height, width = x.shape
+        keywords = self.keywords(tuple(x.shape), t, conditioning)
+        predicted = self.call(patches=split(x.to(self.dtype), self._embed.size), **keywords)
         return join(predicted, height, width)
+
+    def keywords(self, shape: tuple[int, ...], t: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """What a call for a latent of a shape takes beside its patches."""
+        batch, _, height, width = shape
+        return {
+            "places": self._cropped(*grid(height, width, self._embed.size)),
+            "encoder_hidden_states": conditioning.context.expand(batch, -1, -1),
+            "pooled_projections": conditioning.pooled.expand(batch, -1),
+            "timestep": t,
+        }
 
     def run(
         self, module: Callable[..., Any], *, patches: torch.Tensor, places: torch.Tensor, **same: Any

@@ -19,4 +19,7 @@ SPLITS = Splits(
         "time_text_embed.*_embedder.linear_2": INPUTS,
     },
     attentions=("*.attn", "*.attn2"),
+    blocks=("transformer_blocks",),
+    first=("context_embedder",),
+    last=("norm_out", "proj_out"),
 )
