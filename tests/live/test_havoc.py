@@ -27,6 +27,7 @@ SETTINGS = {
     "deadlines.load": "20s",  # on a machine that is busy with others' things
     "deadlines.stop": "1s",
     "restart.limit": 1000,
+    "restart.window": "2s",  # or a model that is killed every few seconds is soon tried once in a minute
     "restart.backoff": "0.05s",
     "debug.rank_command": [sys.executable, "-m", "bench.dispatch.rank"],
 }
