@@ -105,6 +105,24 @@ def test_two_ranks_compute_what_weights_merged_by_hand_give(client: Client, merg
     assert error(prediction, merged().predict(x, 0.7, **given(77), guidance=3.5)) > 100 * TOLERANCE
 
 
+def test_each_stage_of_a_pipeline_merges_what_is_its_own(client: Client, merged, capsys) -> None:
+    x, both = noise(18, 22), (("ink.safetensors", 0.8), ("oil.safetensors", -0.5))
+    reference, plan = merged(*both), PlanRequest(strategy="PipeFusion")
+    plain = {}
+    for lora in ((), both, ()):
+        with client.open_run(MODEL, plan, lora=lora) as run:
+            run.put_conditioning("prompt", given(77), {"guidance": 3.5})
+            latent = run.sample(x, SIGMAS, "prompt", warmup=len(SIGMAS) - 1)
+        assert torch.equal(plain.setdefault(lora, latent), latent)
+    expected = euler(lambda x, t: reference.predict(x, t, **given(77), guidance=3.5), SIGMAS, x)
+    with capsys.disabled():
+        print(
+            f"\n  two LoRAs, pipefusion 2: sample {error(plain[both], expected):.1e} from weights merged by hand"
+        )
+    assert error(plain[both], expected) < TOLERANCE
+    assert error(plain[()], expected) > 100 * TOLERANCE
+
+
 def test_on_off_on_is_where_it_was_and_nothing_is_loaded_again(client: Client) -> None:
     ink = ("ink.safetensors", 0.8)
     plain, with_it = predict(client), predict(client, ink)

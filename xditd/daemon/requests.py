@@ -187,20 +187,12 @@ class Requests:
         dtype = dtypes.choose(found.info, asked=ref.dtype, configured=self.dtype, is_cuda=is_cuda)
         return found, tuple(Key(found.path, found.info.part, dtype, plan) for plan in plans)
 
-    async def _find_loras(
-        self, refs: Sequence[LoraRef], found: Found, keys: Sequence[Key]
-    ) -> list[FoundLora]:
+    async def _find_loras(self, refs: Sequence[LoraRef], found: Found) -> list[FoundLora]:
         """The LoRAs' files, each found to fit the model.
 
         Raises:
-            XditError: what is wrong with one of them, or `not_built` for a plan that deals out blocks.
+            XditError: what is wrong with one of them.
         """
-        if refs and any(key.plan.pipefusion > 1 for key in keys):
-            raise XditError(
-                Code.NOT_BUILT,
-                "LoRAs are not merged into a model whose blocks are dealt out among devices (pipefusion) in this version; "
-                "choose USP, CFG or Tensor.",
-            )
         return [await asyncio.to_thread(self.catalog.find_lora, ref, found) for ref in refs]
 
     async def _open(self, session: Session, message: m.OpenRun | m.Load) -> None:
@@ -208,7 +200,7 @@ class Requests:
             await self._load(session.peer, message)
             return
         found, keys = await self._find(message.model, message.plan)
-        loras = await self._find_loras(message.lora, found, keys)
+        loras = await self._find_loras(message.lora, found)
         if not session.alive:
             return
         open_runs = len(self.dispatcher.runs.of(session.peer))
@@ -225,7 +217,7 @@ class Requests:
     async def _load(self, peer: bytes, message: m.Load) -> None:
         self.dispatcher.refuse_if_draining()
         found, keys = await self._find(message.model, message.plan)
-        loras = tuple(each.match for each in await self._find_loras(message.lora, found, keys))
+        loras = tuple(each.match for each in await self._find_loras(message.lora, found))
         self.dispatcher.fleet.load(peer, message, found, keys, time.monotonic(), loras)
 
     def _unload(self, session: Session, message: m.Unload, now: float) -> None:

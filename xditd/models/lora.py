@@ -69,13 +69,14 @@ class Loras:
         self._held = merges
 
     def _changes(self, merges: Sequence[Merge]) -> dict[str, Changes]:
-        """By parameter."""
+        """By parameter, of those that are held here: a stage of a pipeline has its own blocks alone."""
         changes: dict[str, Changes] = {}
         for merge in merges:
             file = WeightFile(merge.path)
             found = fit(file.header, self._family, self._facts, self._file.header.name)
             for change in found.changes:
-                changes.setdefault(change.target.parameter, []).append((change, file, merge.strength))
+                if change.target.parameter in self._file.placed:
+                    changes.setdefault(change.target.parameter, []).append((change, file, merge.strength))
         return changes
 
     def _make(self, name: str, changes: Changes, upload: Uploader | None) -> None:

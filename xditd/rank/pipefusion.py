@@ -107,9 +107,11 @@ class PipeFusion:
         self._stages = stages
         self._links = links
         self._transfer = transfer
+        self._loras: dict[int, tuple[orders.Merge, ...]] = {}
         self._conditionings: dict[int, dict[str, Any]] = {}
         self._jobs: dict[int, Job] = {}
         self.handlers: Handlers = {
+            orders.SetLoras: self.set_loras,
             orders.SetConditioning: self.set_conditioning,
             orders.BeginSample: self.begin_sample,
             orders.TurnSample: self.sample,
@@ -117,6 +119,10 @@ class PipeFusion:
             orders.DropSegments: lambda order, frames: transfer.drop(order.segments),
             **resting(network, device),
         }
+
+    def set_loras(self, order: orders.SetLoras, frames: Frames) -> None:
+        self._loras[order.run] = order.loras
+        self._network.loras.hold(order.loras)
 
     def set_conditioning(self, order: orders.SetConditioning, frames: Frames) -> None:
         tensors = {
@@ -160,6 +166,7 @@ class PipeFusion:
         job = self._jobs.get(order.run)
         if job is None:
             raise XditError(Code.NO_SUCH_RUN, f"Run {order.run} has no sampling under way here.")
+        self._network.loras.hold(self._loras.get(order.run, ()))
         sigma = torch.tensor(job.begun.sigmas[order.step], dtype=torch.float32, device=self._transfer.device)
         t = sigma.expand(job.shape[0]) * self._network.multiplier
         mine = [i for i in range(len(job.calls)) if i % self._links.pipelines == self._links.pipeline]
@@ -179,6 +186,7 @@ class PipeFusion:
         return self._answer(job, order.step, frames) if self._transfer.rank == 0 else Answer()
 
     def forget(self, order: orders.ForgetRun, frames: Frames) -> None:
+        self._loras.pop(order.run, None)
         self._conditionings.pop(order.run, None)
         job = self._jobs.pop(order.run, None)
         if job is not None:  # what the last stage has sent of it must not be taken for another run's
