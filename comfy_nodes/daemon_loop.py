@@ -17,14 +17,32 @@ from xditd.protocol.errors import Code, XditError
 from . import daemon
 from .joint import INSIDE, NAME, foreign
 from .patcher import remote
+from .transformer import RemoteTransformer
 
 Wrappers = comfy.patcher_extension.WrappersMP
 
 LOOPS = ("euler", "heun", "dpmpp_2m", "ddim")
 """Samplers that the daemon has and that give ComfyUI's numbers."""
 
-OF_AN_ENTRY = frozenset({"model_conds", "uuid", "cross_attn", "pooled_output", "guidance", "strength"})
+OF_AN_ENTRY = frozenset({"model_conds", "uuid", "strength"})
 """What a conditioning may carry that changes nothing in how it is applied."""
+
+OF_A_MODEL = frozenset(
+    {
+        "cross_attn", "pooled_output", "guidance", "conditioning_mt5xl", "attention_mask", "attention_mask_mt5xl", "width",
+        "height", "target_width", "target_height", "crop_w", "crop_h", "aspect_ratio",
+    }
+)  # fmt: skip
+"""What ComfyUI's models have made inputs of, and is in `model_conds`."""
+
+OF_A_SAMPLING = (
+    "calculate_input",
+    "calculate_denoised",
+    "noise_scaling",
+    "inverse_noise_scaling",
+    "timestep",
+)
+"""What of a model sampling is called within a loop."""
 
 WITHIN_A_STEP = ("sampler_", "model_function", "denoise_mask_function", "context_handler")
 """How the model options begin that are called within a step."""
@@ -105,21 +123,23 @@ def _refuse(guider: Any, sigmas: torch.Tensor, model_options: dict[str, Any], de
         strange.append("a noise mask")
     if foreign(model_options, KINDS):
         strange.append("another node's code within a step")
-    sampling, multiplier = guider.inner_model.model_sampling, remote(guider.model_patcher).family.MULTIPLIER
-    if multiplier is None:
-        raise XditError(
-            Code.NOT_BUILT,
-            "The daemon's loop is built for flow models only; choose loop comfyui, which is as exact.",
-        )
-    if not isinstance(sampling, comfy.model_sampling.CONST) or not torch.equal(
-        sampling.timestep(sigmas), sigmas * multiplier
-    ):
+    if not _alike(guider.inner_model.model_sampling, remote(guider.model_patcher), sigmas):
         strange.append("a model sampling other than the family's own")
     if strange:
         raise XditError(
             Code.BAD_VALUE,
             f"The daemon's loop does not have {', '.join(strange)}; choose loop comfyui, which does.",
         )
+
+
+def _alike(sampling: Any, leaf: RemoteTransformer, sigmas: torch.Tensor) -> bool:
+    """Whether a model sampling adds noise, asks and reads the network as the family's own does, at these sigmas."""
+    multiplier, own = leaf.family.MULTIPLIER, leaf.model_sampling
+    if multiplier is not None:
+        is_flow = isinstance(sampling, comfy.model_sampling.CONST)
+        return is_flow and torch.equal(sampling.timestep(sigmas), sigmas * multiplier)
+    same = all(getattr(type(sampling), name, None) is getattr(type(own), name) for name in OF_A_SAMPLING)
+    return same and torch.equal(sampling.log_sigmas.cpu(), own.log_sigmas.cpu())
 
 
 def _put(
@@ -131,7 +151,7 @@ def _put(
         key
         for entry in entries
         for key, value in entry.items()
-        if key not in OF_AN_ENTRY and value is not None
+        if key not in OF_AN_ENTRY | OF_A_MODEL and value is not None
     )
     if len(entries) != 1 or strange:
         raise XditError(

@@ -63,6 +63,7 @@ def make_model(dispatcher: Dispatcher, loaded: Loaded) -> RemotePatcher:
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "")
     leaf = model.diffusion_model = RemoteTransformer(dispatcher, loaded.model, dtype)
+    leaf.model_sampling = model.model_sampling
     model.memory_required = _nothing  # ComfyUI splits no batch for want of its own memory
     model.eval()
     # Where ComfyUI has a GPU, its loop and its noise are on it, as they are with a local model.

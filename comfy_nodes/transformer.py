@@ -50,6 +50,7 @@ class RemoteTransformer(torch.nn.Module):
         dispatcher: where.
         info: what the daemon found it to be.
         dtype: what ComfyUI casts its inputs to: what the daemon computes in.
+        model_sampling: ComfyUI's own of the family.
         empty_prompt: the inputs that an empty prompt gives, where the loader has text encoders; else None.
     """
 
@@ -61,6 +62,7 @@ class RemoteTransformer(torch.nn.Module):
         self.family = family(info)
         self.patch_size = self.family.patch_size
         self.empty_prompt: Callable[[], dict[str, torch.Tensor]] | None = None
+        self.model_sampling: Any = None
         self._samplings: list[Sampling] = []  # the innermost last: a sampler may sample within a sampling
         self._finished: Sampling | None = None
 

@@ -26,7 +26,7 @@ class Family(Protocol):
     """The text encoders that a checkpoint of it may have."""
 
     MULTIPLIER: float | None
-    """A flow model's timestep is sigma times this; None: it is no flow model, and the daemon has no loop for it."""
+    """A flow model's timestep is sigma times this; None: it is no flow model."""
 
     BARE: bool
     """Whether ComfyUI calls such a model without a text too, in whose place an empty prompt stands then."""

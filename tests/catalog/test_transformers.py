@@ -314,21 +314,25 @@ def test_a_hunyuandit_of_an_odd_depth_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_only_flow_models_are_sampled_in_the_ranks(name: str) -> None:
+def test_a_loop_begins_at_most_at_the_highest_sigma_of_the_model(name: str) -> None:
     family, described = model(name)
-    asked = sample(noise=LATENT[name])
-    if family is sd3:
-        family.check_sample(described, asked, GIVEN[name])
-        refused(
-            Code.BAD_VALUE,
-            "between 0 and 1",
-            family.check_sample,
-            described,
-            sample(sigmas=(9.0, 0.0)),
-            GIVEN[name],
-        )
-    else:
-        refused(Code.NOT_BUILT, "denoise", family.check_sample, described, asked, GIVEN[name])
+    highest = family.noise(described.facts).highest
+
+    def ask(**changes):
+        return sample(noise=LATENT[name], **changes)
+
+    family.check_sample(described, ask(sigmas=(highest, highest / 2, 0.0)), GIVEN[name])
+    above = ask(sigmas=(highest * 1.01, 0.0))
+    refused(Code.BAD_VALUE, "between 0 and", family.check_sample, described, above, GIVEN[name])
+    other = sample(noise=tensor(1, 3, 8, 8))
+    refused(Code.BAD_TENSOR, "noise has shape", family.check_sample, described, other, GIVEN[name])
+
+
+@pytest.mark.parametrize("size", [(65, 64), (30, 34)])
+def test_a_pixart_is_not_sampled_where_it_has_no_positions(size: tuple[int, int]) -> None:
+    family, described = model("pixart_alpha")
+    asked = sample(noise=tensor(1, 4, *size))
+    refused(Code.BAD_TENSOR, "noise has shape", family.check_sample, described, asked, GIVEN["pixart_alpha"])
 
 
 # -------------------------------------------------------------------------------------------------------- plans

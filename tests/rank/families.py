@@ -40,7 +40,7 @@ class Case:
         reference: plain diffusers with the weights of a file.
         t: a timestep.
         sizes: of latents.
-        flow: whether the ranks sample it.
+        predicts: "flow", "eps" or "v".
     """
 
     family: str
@@ -48,7 +48,7 @@ class Case:
     conditioning: Callable[..., Tensors]
     reference: Callable[[Path], Predict]
     t: float
-    flow: bool = False
+    predicts: str = "eps"
     channels: int = 16
     parallel: bool = True
     sizes: tuple[tuple[int, int], ...] = ((32, 32), (33, 47), (18, 22))
@@ -104,7 +104,7 @@ def _sd3(**kind: Any) -> Case:
     def conditioning(text: int, batch: int = 1) -> Tensors:
         return {"context": normal(batch, text, 64, seed=text), "pooled": normal(batch, 32, seed=text + 1)}
 
-    return Case("sd3", make, conditioning, reference, t=700.0, flow=True)
+    return Case("sd3", make, conditioning, reference, t=700.0, predicts="flow")
 
 
 # -------------------------------------------------------------------------------------------------------- PixArt
@@ -238,7 +238,7 @@ def _hunyuandit(**kind: Any) -> Case:
         }
 
     sizes = ((16, 16), (11, 18), (26, 9))
-    return Case("hunyuandit", make, conditioning, reference, t=700.0, channels=4, sizes=sizes)
+    return Case("hunyuandit", make, conditioning, reference, t=700.0, predicts="v", channels=4, sizes=sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------- SDXL

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
+from xditd.catalog.families import hunyuandit, pixart, sdxl
+from xditd.catalog.noise import Diffusion
 from xditd.protocol.errors import XditError
+from xditd.rank.noising import noising
 from xditd.rank.sampling import SAMPLERS, Sampling
 
 STEPS = 20
@@ -145,3 +149,89 @@ def test_sigmas_that_do_not_fall_are_refused(sigmas: list[float]) -> None:
 def test_a_sampler_that_is_not_here_is_refused_with_those_that_are() -> None:
     with pytest.raises(XditError, match="euler, heun, dpmpp_2m, ddim"):
         Sampling("lcm", [1.0, 0.0], noise(), None, denoise)
+
+
+# ------------------------------------------------------------------------------------------- noise of discrete steps
+
+KINDS = {
+    "sdxl": (sdxl.noise({"v": 0, "zsnr": 0}), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+    "sdxl v, zero snr": (
+        sdxl.noise({"v": 1, "zsnr": 1}),
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True},
+    ),
+    "pixart": (pixart.noise({}), {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}),
+    "hunyuandit 1.2": (
+        hunyuandit.noise({"sizes": 0}),
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.018},
+    ),
+    "hunyuandit 1.1": (
+        hunyuandit.noise({"sizes": 1}),
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.03},
+    ),
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def of_x0(x0: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor, predicts: str) -> torch.Tensor:
+    """What a network would say of x that comes from x0: eps, or v = √ᾱ·eps − √(1 − ᾱ)·x0."""
+    eps, root = (x - x0) / sigma, (1 + sigma**2) ** 0.5
+    return eps if predicts == "eps" else (eps - sigma * x0) / root
+
+
+@pytest.mark.parametrize(("kind", "told"), KINDS.values(), ids=KINDS)
+def test_the_table_of_sigmas_is_diffusers(kind: Diffusion, told: dict[str, Any]) -> None:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    kept = DDIMScheduler(num_train_timesteps=1000, **told).alphas_cumprod.double()
+    ours = torch.tensor(kind.sigmas(), dtype=torch.float64)
+    theirs = ((1 - kept) / kept) ** 0.5
+    last = -1 if kind.zero_snr else None  # there theirs is infinite
+    assert torch.allclose(ours[:last], theirs[:last], rtol=2e-3 if kind.zero_snr else 1e-4)
+    assert kind.highest == ours[-1] == ours.max()
+    assert kind.highest == pytest.approx(4518.76, abs=0.01) if kind.zero_snr else kind.highest < 500
+
+
+@pytest.mark.parametrize(("kind", "told"), KINDS.values(), ids=KINDS)
+def test_a_network_is_asked_at_the_step_whose_sigma_is_nearest(kind: Diffusion, told: dict[str, Any]) -> None:
+    of = noising(kind, CPU)
+    for step in (0, 1, 500, 998, 999):
+        sigma = torch.tensor(kind.sigmas()[step], dtype=torch.float32)
+        for near in (sigma, sigma * 1.0001):
+            x, t = of.shown(noise(), near)
+            assert (t.dtype, float(t)) == (torch.float32, step)
+            assert torch.allclose(x, noise() / (1 + near**2).sqrt())
+
+
+@pytest.mark.parametrize(("kind", "told"), KINDS.values(), ids=KINDS)
+def test_what_a_network_predicts_tells_of_the_latent(kind: Diffusion, told: dict[str, Any]) -> None:
+    of, x0 = noising(kind, CPU), torch.linspace(-1, 1, noise().numel()).view(noise().shape)
+    for sigma in (torch.tensor(0.1), torch.tensor(3.0)):
+        x = x0 + sigma * noise()
+        assert torch.allclose(of.denoised(x, of_x0(x0, x, sigma, kind.predicts), sigma), x0, atol=1e-5)
+
+
+def test_a_loop_of_discrete_steps_begins_with_noise_of_its_sigma_and_ends_as_it_is() -> None:
+    kind = KINDS["sdxl"][0]
+    of, latent = noising(kind, CPU), torch.linspace(-1, 1, noise().numel()).view(noise().shape)
+    low, highest = torch.tensor(3.0), torch.tensor(kind.highest)
+    assert torch.equal(of.begin(noise(), latent, low), noise() * 3.0 + latent)
+    # From the top on, noise has the variance of a latent with noise: nothing of the latent is left to tell.
+    assert torch.allclose(of.begin(noise(), None, highest), noise() * (1 + highest**2).sqrt())
+    assert torch.equal(of.end(latent, torch.tensor(0.5)), latent)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_finds_the_latent_that_a_perfect_network_knows(sampler: str) -> None:
+    for kind, _ in KINDS.values():
+        of, x0 = noising(kind, CPU), torch.linspace(-1, 1, noise().numel()).view(noise().shape)
+
+        def perfect(x: torch.Tensor, sigma: torch.Tensor, of=of, x0=x0, kind=kind) -> torch.Tensor:
+            return of.denoised(x, of_x0(x0, x, sigma, kind.predicts), sigma)
+
+        sigmas = [*(kind.sigmas()[step] for step in (999, 700, 400, 100)), 0.0]
+        loop = Sampling(sampler, sigmas, noise(), None, perfect, of)
+        for i in range(loop.steps):
+            loop.step(i)
+        assert (loop.result() - x0).abs().max() < 1e-3
+    with pytest.raises(XditError, match=r"at most 14\.6"):
+        Sampling(sampler, [15.0, 0.0], noise(), None, denoise, noising(KINDS["sdxl"][0], CPU))

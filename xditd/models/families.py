@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from xditd.catalog.detection import PREFIXES, role
-from xditd.catalog.families import family
+from xditd.catalog.families import TRANSFORMERS, family
+from xditd.catalog.noise import Noise
 from xditd.models.lora import Loras
 from xditd.models.reading import WeightFile
 from xditd.models.splits import Cut, Divide
@@ -51,7 +52,7 @@ class Transformer(Protocol):
     heads: int
     tokens: Tokens  # what `call` has by token
     cuts: Mapping[str, Cut]  # by parameter, what of it is held where a rank holds a share
-    multiplier: float  # a flow model's t is sigma times this
+    noise: Noise  # that it takes out of a latent
     device: torch.device
     dtype: torch.dtype
     loras: Loras  # what is merged into its weights; `load` gives it that
@@ -105,6 +106,7 @@ def load(
             shared = () if divide is None else (divide,)
             loaded = network.load(file, found.facts, prefix, device, dtype, *shared)
             if row.part == "transformer":
+                loaded.noise = TRANSFORMERS[name].noise(found.facts)
                 loaded.loras = Loras(file, name, found.facts, device, dtype)
             loaded.weights = Weights(file, device)
             return loaded

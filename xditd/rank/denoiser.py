@@ -19,6 +19,7 @@ from xditd.protocol.messages import DenoiseItem
 from xditd.rank.answers import Answer, Handlers
 from xditd.rank.cfg import Call, CfgParallel
 from xditd.rank.device import Device
+from xditd.rank.noising import Noising, noising
 from xditd.rank.places import Frames
 from xditd.rank.rest import resting
 from xditd.rank.sampling import Sampling
@@ -94,8 +95,9 @@ class Denoiser:
         latent = None
         if order.latent is not None:
             latent = self._transfer.receive(order.latent, frames, keep=True).float()
-        guided = partial(self._guided, positive, negative, order.cfg)
-        self._samplings[order.run] = order, Sampling(order.sampler, order.sigmas, noise, latent, guided)
+        kind = noising(self._network.noise, noise.device)
+        guided = partial(self._guided, positive, negative, order.cfg, kind)
+        self._samplings[order.run] = order, Sampling(order.sampler, order.sigmas, noise, latent, guided, kind)
 
     def sample(self, order: orders.TurnSample, frames: Frames) -> Answer:
         if order.run not in self._samplings:
@@ -139,13 +141,19 @@ class Denoiser:
         return Call(partial(self._network.predict, x, t, conditioning), tuple(x.shape), self._network.dtype)
 
     def _guided(
-        self, positive: Any, negative: Any, cfg: float, x: torch.Tensor, sigma: torch.Tensor
+        self,
+        positive: Any,
+        negative: Any,
+        cfg: float,
+        kind: Noising,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
     ) -> torch.Tensor:
         """x0 with classifier-free guidance, in which a cfg of 1 needs no negative."""
         conditionings = [positive] if negative is None else [positive, negative]
-        t = sigma.expand(x.shape[0]) * self._network.multiplier
-        calls = [self._call(x, t, each) for each in conditionings]
-        denoised, *without = (x - velocity.float() * sigma for velocity in self._cfg.run(calls))
+        shown, t = kind.shown(x, sigma)
+        calls = [self._call(shown, t.expand(x.shape[0]), each) for each in conditionings]
+        denoised, *without = (kind.denoised(x, output.float(), sigma) for output in self._cfg.run(calls))
         return without[0] + (denoised - without[0]) * cfg if without else denoised
 
     def _conditioning(self, run: int, key: str) -> Any:

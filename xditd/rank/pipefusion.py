@@ -27,6 +27,7 @@ from xditd.protocol.errors import Code, XditError
 from xditd.rank.answers import Answer, Handlers
 from xditd.rank.device import Device
 from xditd.rank.links import Arriving, Links
+from xditd.rank.noising import noising
 from xditd.rank.places import Frames
 from xditd.rank.rest import resting
 from xditd.rank.sampling import Denoise, Sampling
@@ -168,7 +169,8 @@ class PipeFusion:
             raise XditError(Code.NO_SUCH_RUN, f"Run {order.run} has no sampling under way here.")
         self._network.loras.hold(self._loras.get(order.run, ()))
         sigma = torch.tensor(job.begun.sigmas[order.step], dtype=torch.float32, device=self._transfer.device)
-        t = sigma.expand(job.shape[0]) * self._network.multiplier
+        _, time = noising(self._network.noise, sigma.device).shown(sigma, sigma)  # a flow shows x as it is
+        t = time.expand(job.shape[0])
         mine = [i for i in range(len(job.calls)) if i % self._links.pipelines == self._links.pipeline]
         given = {i: self._stages.give(job.shape, t, job.calls[i]) for i in mine}
         spans = job.spans_of(order.step)

@@ -1,6 +1,6 @@
 """The sampling loop, a step at a time, on explicit sigmas and noise. Knows no network, no ranks and no messages.
 
-For rectified flow (ComfyUI's CONST): x(σ) = σ·noise + (1 − σ)·latent. The state is float32 throughout. The formulas
+For any kind of noise (`noising`) whose sigma says how much of it there is. The state is float32 throughout. The formulas
 are those of k-diffusion (MIT, k_diffusion/sampling.py) and of the papers named below, in the order of operations that
 ComfyUI's samplers of the same names have, so that results agree to rounding.
 """
@@ -12,7 +12,12 @@ from itertools import pairwise
 
 import torch
 
+from xditd.catalog.families.inputs import ROUNDING
+from xditd.catalog.noise import Flow
 from xditd.protocol.errors import Code, XditError
+from xditd.rank.noising import Flowing, Noising
+
+FLOW = Flowing(Flow())
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """x [B, C, H, W] and sigma (float32, no dimensions) to x0, the latent that x is expected to come from; float32."""
@@ -27,9 +32,11 @@ class Sampling:
         noise: of unit variance, float32, on the device.
         latent: to begin from, as noise; None is zeros.
         denoise: the model, guidance included.
+        noising: the kind of noise.
 
     Raises:
-        XditError: `bad_value` for an unknown sampler, or sigmas that do not descend from at most 1 to at least 0.
+        XditError: `bad_value` for an unknown sampler, or sigmas that do not descend from at most the highest to at
+            least 0.
     """
 
     def __init__(
@@ -39,16 +46,18 @@ class Sampling:
         noise: torch.Tensor,
         latent: torch.Tensor | None,
         denoise: Denoise,
+        noising: Noising = FLOW,
     ) -> None:
         if sampler not in SAMPLERS:
             raise XditError(
                 Code.BAD_VALUE, f"There is no sampler {sampler!r} here; there are {', '.join(SAMPLERS)}."
             )
+        most = noising.highest * (1 + ROUNDING)
         falling = all(a > b for a, b in pairwise(sigmas))
-        if len(sigmas) < 2 or not falling or sigmas[0] > 1 or sigmas[-1] < 0:
+        if len(sigmas) < 2 or not falling or sigmas[0] > most or sigmas[-1] < 0:
             raise XditError(
                 Code.BAD_VALUE,
-                "Sigmas of a flow model must be two or more, falling, from at most 1 to at least 0.",
+                f"Sigmas of this model must be two or more, falling, from at most {noising.highest:g} to at least 0.",
             )
         self.steps = len(sigmas) - 1
         self.next = 0
@@ -56,9 +65,8 @@ class Sampling:
         # On the device, though small: a division by a number on the host is a multiplication there, and rounds anew.
         self.sigmas = torch.tensor(sigmas, dtype=torch.float32).to(noise.device, non_blocking=True)
         self.ends_at_zero = sigmas[-1] == 0
-        self.x = self.sigmas[0] * noise
-        if latent is not None:
-            self.x = self.x + (1.0 - self.sigmas[0]) * latent
+        self.noising = noising
+        self.x = noising.begin(noise, latent, self.sigmas[0])
         self.before: torch.Tensor | None = None  # x0 of the step before, for multistep samplers
         self._advance = SAMPLERS[sampler]
 
@@ -90,7 +98,7 @@ class Sampling:
 
     def result(self) -> torch.Tensor:
         """The latent, float32; where the last sigma is not 0, scaled as if the noise left in it were none of it."""
-        return self.x / (1.0 - self.sigmas[-1])
+        return self.noising.end(self.x, self.sigmas[-1])
 
 
 def euler(loop: Sampling, i: int) -> torch.Tensor:

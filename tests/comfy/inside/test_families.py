@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import comfy.model_base
 import nodes
 import pytest
 import torch
@@ -247,15 +248,48 @@ def test_xditds_own_ranks_give_them_but_for_rounding(
     assert all(figure <= allowed[what] for what, figure in figures.items())
 
 
-def test_the_daemons_loop_gives_the_same_or_says_that_it_cannot(
-    xfuser_service: Service, local: Any, name: str
+def test_the_daemons_loop_gives_the_latents_of_comfyuis(
+    xfuser_service: Service, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of the same ranks: what differs is the loop's."""
+    model = load(xfuser_service, name, plan(name))
+    figures = {}
+    for sampler, cfg, batch in (("euler", 4.0, 1), ("heun", 1.0, 2), ("dpmpp_2m", 3.0, 1), ("ddim", 1.0, 1)):
+        ours, theirs = (ksampler(each, name, (sampler, cfg, batch, 24)) for each in (in_daemon(model), model))
+        figures[sampler] = far(ours, theirs)
+    part, whole = (half(each, name) for each in (in_daemon(model), model))
+    figures["the last half"] = far(part, whole)
+    with capsys.disabled():
+        print(
+            f"\n  {name}, the daemon's loop: "
+            + ", ".join(f"{key} {error:.1e}" for key, error in figures.items()),
+            end="",
+        )
+    assert max(figures.values()) <= BOUND
+
+
+def half(model: Any, name: str) -> torch.Tensor:
+    """A latent denoised by half, which begins at a sigma below the highest."""
+    kind, generator = KINDS[name], torch.Generator().manual_seed(4)
+    latent = {"samples": torch.randn(1, kind.channels, *kind.size, generator=generator)}
+    result: torch.Tensor = nodes.common_ksampler(
+        model, 5, STEPS, 1.0, "dpmpp_2m", "karras", kind.text(1, 24), kind.text(2, 24), latent, denoise=0.5
+    )[0]["samples"]
+    return result
+
+
+def test_the_daemons_loop_refuses_another_kind_of_noise(xfuser_service: Service, name: str) -> None:
     model = in_daemon(load(xfuser_service, name, plan(name)))
-    if not KINDS[name].flow:
-        with pytest.raises(XditError, match="flow models only"):
-            ksampler(model, name, CASES[0])
-        return
-    assert far(ksampler(model, name, CASES[0]), ksampler(local, name, CASES[0])) <= BOUND
+    types = comfy.model_base.ModelType
+    predicts = (
+        types.EPS
+        if KINDS[name].flow or name in ("hunyuandit_1.1", "hunyuandit_1.2", "sdxl_v")
+        else types.V_PREDICTION
+    )
+    other = comfy.model_base.model_sampling(model.model.model_config, predicts)
+    model.add_object_patch("model_sampling", other)
+    with pytest.raises(XditError, match="model sampling other than"):
+        ksampler(model, name, CASES[0])
 
 
 def test_a_conditioning_without_a_text_is_refused(own_service: Service, name: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from xditd.catalog.families import inputs
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
+from xditd.catalog.noise import Flow
 from xditd.protocol.messages import ModelInfo, Plan, Sample
 from xditd.protocol.tensors import FLOATS, Tensor
 
@@ -22,6 +23,11 @@ dtypes = FLOATS
 
 def detect(header: Header, prefix: str) -> Detected | None:
     return None
+
+
+def noise(facts: Mapping[str, int]) -> Flow:
+    """None: it computes nothing."""
+    return Flow()
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:
@@ -52,12 +58,12 @@ def check_sample(
 ) -> None:
     """Any noise; latent shaped as noise, out and previews as noise, which is answered."""
     inputs.check_loop(message, highest=float("inf"))
-    noise = message.noise
-    inputs.check_dtype("noise", noise)
-    inputs.check_same_shape("latent", message.latent, noise, "noise")
-    _check_alike("out", message.out, noise, "noise")
+    given = message.noise
+    inputs.check_dtype("noise", given)
+    inputs.check_same_shape("latent", message.latent, given, "noise")
+    _check_alike("out", message.out, given, "noise")
     for i, preview in enumerate(message.previews):
-        _check_alike(f"preview {i}", preview, noise, "noise")
+        _check_alike(f"preview {i}", preview, given, "noise")
 
 
 def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from xditd.catalog.header import Header
+from xditd.catalog.noise import Noise
 from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
 from xditd.protocol.tensors import Tensor
 
@@ -50,6 +51,9 @@ class Family(Protocol):
 class Transformer(Family, Protocol):
     """One that denoises. In its checks, `conditioning` is the tensors of one PutConditioning, as `check_conditioning`
     passed them."""
+
+    def noise(self, facts: Mapping[str, int]) -> Noise:
+        """What kind of noise a model with these facts takes out of a latent."""
 
     def check_conditioning(
         self, info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]

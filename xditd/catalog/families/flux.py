@@ -9,6 +9,7 @@ from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
+from xditd.catalog.noise import Flow
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
 from xditd.protocol.tensors import FLOATS, Tensor
@@ -115,6 +116,11 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     return table
 
 
+def noise(facts: Mapping[str, int]) -> Flow:
+    """What kind of noise it takes out of a latent."""
+    return Flow()
+
+
 # ------------------------------------------------------------------------------------------- plan and inputs
 
 
@@ -159,4 +165,4 @@ def check_sample(
     conditioning: Mapping[str, Tensor],
     negative: Mapping[str, Tensor] | None = None,
 ) -> None:
-    transformer.check_flow_sample(info, message, conditioning, negative)
+    transformer.check_sample(info, message, conditioning, negative, noise(info.facts))

@@ -9,6 +9,7 @@ from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
+from xditd.catalog.noise import Diffusion
 from xditd.catalog.sentences import shape_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
@@ -146,6 +147,11 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     return table
 
 
+def noise(facts: Mapping[str, int]) -> Diffusion:
+    """What kind of noise it takes out of a latent."""
+    return Diffusion("v", 0.00085, 0.03 if facts["sizes"] else 0.018)
+
+
 # ------------------------------------------------------------------------------------------- plan and inputs
 
 
@@ -203,4 +209,4 @@ def check_sample(
     conditioning: Mapping[str, Tensor],
     negative: Mapping[str, Tensor] | None = None,
 ) -> None:
-    raise transformer.no_sample(info, label)
+    transformer.check_sample(info, message, conditioning, negative, noise(info.facts))

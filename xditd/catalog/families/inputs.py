@@ -14,6 +14,9 @@ from xditd.protocol.tensors import FLOATS, Tensor
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "ddim")
 """The samplers whose whole loop the ranks can run."""
 
+ROUNDING = 1e-5
+"""Of a sigma that a client computed in float32."""
+
 
 def check_names(what: str, given: Iterable[str], known: tuple[str, ...], required: tuple[str, ...]) -> None:
     """Refuses a name that is not known and a required one that is missing.
@@ -134,7 +137,7 @@ def check_loop(message: Sample, highest: float) -> None:
             Code.BAD_VALUE, "A sample needs at least two sigmas, from where and to where it steps."
         )
     for sigma in sigmas:
-        if not (math.isfinite(sigma) and 0 <= sigma <= highest):
+        if not (math.isfinite(sigma) and 0 <= sigma <= highest * (1 + ROUNDING)):
             raise XditError(
                 Code.BAD_VALUE, f"A sigma is {sigma}; this model's sigmas lie between 0 and {highest:g}."
             )

@@ -9,6 +9,7 @@ from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape, side
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
+from xditd.catalog.noise import Diffusion
 from xditd.catalog.sentences import shape_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
@@ -122,11 +123,16 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     return table
 
 
+def noise(facts: Mapping[str, int]) -> Diffusion:
+    """What kind of noise it takes out of a latent."""
+    return Diffusion("eps", 0.0001, 0.02, by_root=False)
+
+
 # ------------------------------------------------------------------------------------------- plan and inputs
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:
-    transformer.check_plan(info, plan, label)  # no pipefusion: its only use is a loop in the ranks
+    transformer.check_plan(info, plan, label)  # its stages for pipefusion are not built
 
 
 def check_conditioning(info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> None:
@@ -150,13 +156,7 @@ def check_denoise(
 ) -> None:
     """x [B, latent_channels, H, W] of even H and W, more than 32 in the mean; t is an index, 0 to 999."""
     transformer.check_latent("x", info, x, conditioning)
-    height, width = x.shape[2:]
-    if height % PATCH or width % PATCH or round((height + width) // 2 / UNIT) == 0:
-        raise XditError(
-            Code.BAD_TENSOR,
-            f"x has shape {shape_of(x.shape)}; for {info.name} its height and width must be even, and more than "
-            f"{UNIT // 2} in the mean.",
-        )
+    _check_size("x", info, x)
     inputs.check_times(t, x.shape[0], 0.0, HIGHEST)
     inputs.check_same_shape("out", out, x, "x")
 
@@ -167,4 +167,15 @@ def check_sample(
     conditioning: Mapping[str, Tensor],
     negative: Mapping[str, Tensor] | None = None,
 ) -> None:
-    raise transformer.no_sample(info, label)
+    transformer.check_sample(info, message, conditioning, negative, noise(info.facts))
+    _check_size("noise", info, message.noise)
+
+
+def _check_size(what: str, info: ModelInfo, x: Tensor) -> None:
+    height, width = x.shape[2:]
+    if height % PATCH or width % PATCH or round((height + width) // 2 / UNIT) == 0:
+        raise XditError(
+            Code.BAD_TENSOR,
+            f"{what} has shape {shape_of(x.shape)}; for {info.name} its height and width must be even, and more than "
+            f"{UNIT // 2} in the mean.",
+        )

@@ -8,6 +8,7 @@ from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape, side
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
+from xditd.catalog.noise import Flow
 from xditd.catalog.sentences import shape_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
@@ -121,6 +122,11 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     return table
 
 
+def noise(facts: Mapping[str, int]) -> Flow:
+    """What kind of noise it takes out of a latent."""
+    return Flow(multiplier=HIGHEST)
+
+
 # ------------------------------------------------------------------------------------------- plan and inputs
 
 
@@ -159,7 +165,7 @@ def check_sample(
     conditioning: Mapping[str, Tensor],
     negative: Mapping[str, Tensor] | None = None,
 ) -> None:
-    transformer.check_flow_sample(info, message, conditioning, negative)
+    transformer.check_sample(info, message, conditioning, negative, noise(info.facts))
     _check_size("noise", info, message.noise)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xditd.catalog.families import inputs
+from xditd.catalog.noise import Noise
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
 from xditd.protocol.tensors import Tensor
@@ -92,29 +93,24 @@ def check_latent(what: str, info: ModelInfo, x: Tensor, conditioning: Conditioni
         inputs.check_batch(key, tensor, x.shape[0])
 
 
-def check_flow_sample(
-    info: ModelInfo, message: Sample, conditioning: Conditioning, negative: Conditioning | None
+def check_sample(
+    info: ModelInfo,
+    message: Sample,
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    noise: Noise,
 ) -> None:
-    """noise [B, latent_channels, H, W]; sigmas 1 to 0; latent, out and previews shaped as noise.
+    """noise [B, latent_channels, H, W]; sigmas from the highest of the kind of noise to 0; latent, out and previews shaped
+    as noise.
 
     Raises:
         XditError: `bad_value`, `bad_tensor`.
     """
-    inputs.check_loop(message, highest=1.0)
-    noise = message.noise
-    check_latent("noise", info, noise, conditioning)
+    inputs.check_loop(message, noise.highest)
+    check_latent("noise", info, message.noise, conditioning)
     if negative is not None:
-        check_latent("noise", info, noise, negative)
-    inputs.check_same_shape("latent", message.latent, noise, "noise")
-    inputs.check_same_shape("out", message.out, noise, "noise")
+        check_latent("noise", info, message.noise, negative)
+    inputs.check_same_shape("latent", message.latent, message.noise, "noise")
+    inputs.check_same_shape("out", message.out, message.noise, "noise")
     for i, preview in enumerate(message.previews):
-        inputs.check_same_shape(f"preview {i}", preview, noise, "noise")
-
-
-def no_sample(info: ModelInfo, label: str) -> XditError:
-    """What to raise where the ranks have no loop for the family's kind of noise."""
-    return XditError(
-        Code.NOT_BUILT,
-        f"{info.kind}/{info.name} is {label}; the ranks' own loop is built for flow models only. "
-        "Let the loop run in the client, with `denoise`.",
-    )
+        inputs.check_same_shape(f"preview {i}", preview, message.noise, "noise")

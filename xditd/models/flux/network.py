@@ -44,7 +44,6 @@ class Flux:
         cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
-    multiplier = 1.0
     tokens = Tokens(image={"hidden_states": 1, "img_ids": 0}, text={"encoder_hidden_states": 1, "txt_ids": 0})
 
     def __init__(self, backbone: FluxTransformer2DModel, device: torch.device, dtype: torch.dtype) -> None:

@@ -44,7 +44,6 @@ class HunyuanDiT:
         cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
-    multiplier = 1.0
     tokens = Tokens(image={"patches": 1, "cos": 0, "sin": 0}, attention=(("image",),))
 
     def __init__(

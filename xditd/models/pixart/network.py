@@ -39,7 +39,6 @@ class PixArt:
         cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
-    multiplier = 1.0
     tokens = Tokens(image={"patches": 1, "places": 1}, attention=(("image",),))
 
     def __init__(

@@ -36,8 +36,6 @@ class SD3:
         cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
-    multiplier = 1000.0
-
     def __init__(self, backbone: SD3Transformer2DModel, device: torch.device, dtype: torch.dtype) -> None:
         self.backbone = backbone
         self.device = device

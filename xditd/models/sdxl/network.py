@@ -32,7 +32,6 @@ class SDXL:
         call: what runs it: the module itself, as it runs on one device.
     """
 
-    multiplier = 1.0
     heads = 1
     tokens = Tokens(image={}, attention=())  # none: it cannot be split
 
