@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import comfy.model_management
+import comfy.utils
 import comfyui_version
 
 from xditd.client import Client
@@ -49,8 +50,14 @@ def telling(what: str) -> Callable[[Any], None]:
         what: is waited for.
     """
 
+    bars: list[comfy.utils.ProgressBar] = []
+
     def tell(event: Any) -> None:
         if isinstance(event, m.Queued):
+            if event.total:
+                if not bars:
+                    bars.append(comfy.utils.ProgressBar(event.total))
+                bars[0].update_absolute(event.loaded, event.total)
             if event.position:
                 about = "" if event.estimate is None else f", about {event.estimate:.0f} s"
                 say(f"⏳ {what}: {event.position} before it{about}")

@@ -186,3 +186,51 @@ def test_all_weights_are_pinned_while_they_sleep(tmp_path: Path) -> None:
     network.weights.wake()
     assert place._host is None
     assert all(torch.equal(value, before[name]) for name, value in network.backbone.state_dict().items())
+
+
+def test_weights_that_come_through_pinned_buffers_are_the_files(tmp_path: Path) -> None:
+    """Larger than a buffer, and of an odd length; told of to the last byte."""
+    from safetensors.torch import save_file
+    from torch import nn
+
+    from xditd.catalog.layouts.piece import Piece
+    from xditd.models.reading import STAGING, WeightFile, fill
+
+    weight = torch.randn(3, STAGING // 4 + 7).bfloat16()
+    save_file({"weight": weight, "bias": torch.randn(3)}, tmp_path / "w.safetensors")
+    told: list[tuple[int, int]] = []
+    file = WeightFile(tmp_path / "w.safetensors", lambda done, total: told.append((done, total)))
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], 3)
+    pieces = {"weight": Piece("weight"), "bias": Piece("bias")}
+    fill(linear, pieces, file, torch.device("cuda:0"), torch.bfloat16)
+    assert torch.equal(linear.weight.cpu(), weight)
+    assert told[-1] == ((weight.numel() + 3) * 2,) * 2
+
+
+def test_a_lora_is_merged_in_place_on_a_gpu_and_undone_to_the_last_bit(tmp_path: Path) -> None:
+    """Addresses stay: compiled code knows them."""
+    from xditd.models.families import load
+    from xditd.models.making_loras import make_lora
+    from xditd.protocol.orders import Merge
+
+    path = make_flux(tmp_path / "flux.safetensors", **SHAPE)
+    lora = make_lora(tmp_path / "l.safetensors", "flux", flux_facts(**SHAPE))
+    on_gpu, on_cpu = (
+        load("flux", path, "transformer", torch.device(device), torch.bfloat16)
+        for device in ("cuda:0", "cpu")
+    )
+    before = {name: value.clone() for name, value in on_gpu.backbone.state_dict().items()}
+    addresses = {name: value.data_ptr() for name, value in on_gpu.backbone.state_dict().items()}
+    for network in (on_gpu, on_cpu):
+        network.loras.hold((Merge(path=str(lora), strength=0.8),))
+    changed = 0
+    for name, value in on_cpu.backbone.state_dict().items():
+        merged = on_gpu.backbone.state_dict()[name]
+        # The sums are float32 on both, in another order: a unit in the last place of bfloat16 at most.
+        torch.testing.assert_close(merged.cpu(), value, rtol=2**-7, atol=1e-6)
+        changed += not torch.equal(merged, before[name])
+    assert changed > 10
+    on_gpu.loras.hold(())
+    assert all(torch.equal(value, before[name]) for name, value in on_gpu.backbone.state_dict().items())
+    assert {name: value.data_ptr() for name, value in on_gpu.backbone.state_dict().items()} == addresses

@@ -64,7 +64,10 @@ class PhaseBar:
         if event.estimate:
             text += f", about {words.duration(event.estimate)}"
         if self._progress is not None:
-            done = list(PHASES).index(event.phase) if event.phase in PHASES else 0
+            done: float = list(PHASES).index(event.phase) if event.phase in PHASES else 0
+            if event.total:  # on a terminal alone: a line for each would be many
+                done += event.loaded / event.total
+                text += f", {words.size(event.loaded)} of {words.size(event.total)}"
             self._progress.update(self._task, completed=done, phase=text)
         elif text != self._said:
             self._say(f"   {self.what}: {text}")

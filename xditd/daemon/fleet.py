@@ -235,11 +235,11 @@ class Fleet:
     # ---------------------------------------------------------------------------------------- from ranks
 
     def rank_phase(self, group: Group, report: o.RankPhase, now: float) -> None:
-        before, rank = group.phase, group.ranks[report.rank]
+        before, rank = (group.phase, group.progress), group.ranks[report.rank]
         rank.pid = report.pid
         if not rank.gone:
-            rank.phase = report.phase
-        if group.state != "starting" or group.phase == before:
+            rank.phase, rank.loaded, rank.total = report.phase, report.loaded, report.total
+        if group.state != "starting" or (group.phase, group.progress) == before:
             return
         self.loads.group_starting(group)
         self.listener.group_starting(group, now)

@@ -31,6 +31,8 @@ class Rank:
     device_memory: int | None = None
     attention: str = ""
     weights: int | None = None
+    loaded: int = 0  # bytes of weights in place, while it loads
+    total: int = 0
 
     @property
     def gone(self) -> bool:
@@ -88,6 +90,13 @@ class Group:
             return "waking"
         known = [PHASES.index(r.phase) for r in self.ranks if r.phase in PHASES]
         return PHASES[min(known)] if known else "starting"
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes of weights in place, and of how many, in all ranks; zeros where they do not load."""
+        if self.phase != "loading" or not all(rank.total for rank in self.ranks):
+            return 0, 0
+        return sum(rank.loaded for rank in self.ranks), sum(rank.total for rank in self.ranks)
 
     @property
     def all_ready(self) -> bool:

@@ -50,7 +50,10 @@ class Loads:
     def group_starting(self, group: Group) -> None:
         for load in self.waiting:
             if group.key in load.keys:
-                event = m.Queued(re=load.request, run=None, position=0, phase=group.phase)
+                loaded, total = group.progress
+                event = m.Queued(
+                    re=load.request, run=None, position=0, phase=group.phase, loaded=loaded, total=total
+                )
                 self.clients.answer(load.peer, event)
 
     def group_ready(self, groups: Iterable[Group], now: float) -> None:

@@ -61,13 +61,23 @@ class Placing:
                 continue
             mine = [group for group in groups if group.key in run.keys]
             starting = next((group for group in mine if group.state in ("starting", "waking")), None)
-            told = positions[run.id], starting.phase if starting is not None else "waiting"
+            phase, loaded, total = "waiting", 0, 0
+            if starting is not None:
+                phase, (loaded, total) = starting.phase, starting.progress
+            told = positions[run.id], phase, loaded
             if run.told != told:
                 run.told = told
-                seconds = self.seconds_until(told[0], mine, now)
                 yield (
                     run,
-                    m.Queued(re=run.reopen, run=run.id, position=told[0], phase=told[1], estimate=seconds),
+                    m.Queued(
+                        re=run.reopen,
+                        run=run.id,
+                        position=told[0],
+                        phase=phase,
+                        estimate=self.seconds_until(told[0], mine, now),
+                        loaded=loaded,
+                        total=total,
+                    ),
                 )
 
     def seconds_until(self, position: int, groups: Sequence[Group], now: float) -> float | None:

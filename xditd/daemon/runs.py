@@ -94,7 +94,7 @@ class Run:
     problem: str = ""  # why it ended
     placed: float = 0.0  # monotonic seconds of the last binding
     effort: float = 1.0  # of one of its turns (`work.effort`), once it has asked for one
-    told: tuple[int, str] | None = None  # position and phase that its client heard last
+    told: tuple[int, str, int] | None = None  # position, phase and bytes that its client heard last
 
     def go(self, event: str) -> None:
         self.state = states.after(states.RUN, self.state, event)

@@ -14,7 +14,7 @@ from xditd.catalog.detection import PREFIXES, role
 from xditd.catalog.families import TRANSFORMERS, family
 from xditd.catalog.noise import Noise
 from xditd.models.lora import Loras
-from xditd.models.reading import WeightFile
+from xditd.models.reading import Progress, WeightFile
 from xditd.models.splits import Cut, Divide
 from xditd.models.stages import Stages
 from xditd.models.tokens import Tokens
@@ -74,6 +74,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     divide: Divide | None = None,
+    progress: Progress | None = None,
 ) -> Any:
     """The network of a model file.
 
@@ -84,6 +85,7 @@ def load(
         device: where it goes.
         dtype: of its arithmetic.
         divide: what leaves a rank its share of a transformer; None loads the whole.
+        progress: told of bytes that are in place.
 
     Returns:
         A `Transformer`, a `vae.network.Autoencoder` or a `text.TextEncoder`, with its `weights`.
@@ -98,7 +100,7 @@ def load(
         )
     if row.part != role(part):
         raise XditError(Code.UNKNOWN_FAMILY, f"{name} is a {row.part}; it cannot be loaded as a {part}.")
-    file = WeightFile(path)
+    file = WeightFile(path, progress)
     for prefix in PREFIXES[part]:
         found = family(name).detect(file.header, prefix)
         if found is not None:

@@ -7,8 +7,10 @@ ranks of one machine share it and hold no copy; on a GPU it goes there through t
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,12 @@ DTYPES = {
 
 Upload = Callable[[torch.Tensor], torch.Tensor]
 """Takes a tensor to the device that it was made for."""
+
+Progress = Callable[[int, int], None]
+"""Is told how many bytes of a network are in place, and of how many."""
+
+TELL_EVERY = 0.25
+"""Seconds between two tellings."""
 
 STAGING = 64 << 20
 """Bytes of one pinned buffer."""
@@ -65,7 +73,13 @@ class WeightFile:
         XditError: as `catalog.weights.read_weights` does.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
+        """
+        Args:
+            path: of the file or folder.
+            progress: told while a network is filled.
+        """
+        self.progress = progress
         self.header: Header = read_weights(path)
         self.placed: dict[str, Placed] = {}
         files = [os.path.join(path, name) for name in self.header.files] or [os.fspath(path)]
@@ -145,6 +159,21 @@ class WeightFile:
         return value.to(dtype)
 
 
+class _Telling:
+    """Tells of bytes as they come, now and then and at the end."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._done, self._told = 0, 0.0
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        now = time.monotonic()
+        if self._progress is not None and (now - self._told >= TELL_EVERY or self._done >= self._total):
+            self._told = now
+            self._progress(self._done, self._total)
+
+
 def _map(path: str) -> torch.Tensor:
     """A file's bytes. Private: nobody writes to weights, and a write would not reach the file. Shared with others all the
     same until then, as the kernel copies a page at the first write only."""
@@ -177,7 +206,11 @@ def fill(
     cuts = cuts or {}
     _check(expected, pieces, cuts, file.header)
     place = Uploader(device) if device.type == "cuda" else None
-    state = {name: file.value(pieces[name], dtype, place, cuts.get(name)) for name in expected}
+    told = _Telling(file.progress, sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize)
+    state = {}
+    for name in expected:
+        state[name] = value = file.value(pieces[name], dtype, place, cuts.get(name))
+        told.add(value.nbytes)
     network.load_state_dict(state, assign=True, strict=True)
     network.requires_grad_(False).eval()
     if place is not None:

@@ -448,6 +448,8 @@ class Queued(Struct, frozen=True, kw_only=True, tag="queued", tag_field="type"):
     position: int  # runs before it; 0 is next
     phase: str  # "waiting", or the group's slowest rank's: "importing", "joining", "loading"
     estimate: float | None = None  # seconds until it is its turn, by what others took; None is unknown
+    loaded: int = 0  # bytes of weights that are in place, of all ranks, while they load
+    total: int = 0  # of how many; 0 where that is not known
 
 
 class Progress(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="progress", tag_field="type"):

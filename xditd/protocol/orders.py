@@ -185,6 +185,8 @@ class RankPhase(Struct, frozen=True, kw_only=True, tag="rank_phase", tag_field="
     rank: int
     pid: int
     phase: str
+    loaded: int = 0  # bytes of its weights that are in place, while it loads
+    total: int = 0  # of how many
 
 
 class RankReady(Struct, frozen=True, kw_only=True, tag="rank_ready", tag_field="type"):

@@ -6,9 +6,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from xditd.catalog.detection import role
 from xditd.protocol.errors import Code, XditError
@@ -18,8 +17,12 @@ from xditd.rank.answers import Worker
 from xditd.rank.faults import Faults
 from xditd.rank.places import Places
 
-Tell = Callable[[str], None]
-"""Reports a phase: "importing", "joining", "loading"."""
+
+class Tell(Protocol):
+    """Reports a phase: "importing", "joining", "loading"; of the last one how many bytes are in place, and of how many."""
+
+    def __call__(self, phase: str, loaded: int = 0, total: int = 0) -> None: ...
+
 
 LEFT_OUT = ("peft", "transformers")
 """Packages that a transformer or a VAE never calls, but diffusers and xfuser import where they are installed: two of
@@ -94,7 +97,9 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     tell("loading")
     faults.at_load()
     divide = None if tensor is None else tensor.divide
-    network = load_network(spec.family, spec.path, spec.part, device.torch, dtype, divide)
+    network = load_network(
+        spec.family, spec.path, spec.part, device.torch, dtype, divide, partial(tell, "loading")
+    )
     name = kernel.name
     divided = world is not None or tensor is not None
     if spec.compile and divided:
@@ -154,7 +159,9 @@ def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
         _meet(spec, device.is_cuda, tell)
     tell("loading")
     faults.at_load()
-    network = load_network(spec.family, spec.path, spec.part, device.torch, DTYPES[spec.dtype])
+    network = load_network(
+        spec.family, spec.path, spec.part, device.torch, DTYPES[spec.dtype], progress=partial(tell, "loading")
+    )
     transfer = Transfer(device.torch, spec.rank, spec.world, places)
     if role(spec.part) == "text_encoder":
         return Text(network, transfer, device, "native")

@@ -55,11 +55,17 @@ def main() -> int:
 
 
 def _serve(spec: RankSpec, socket: zmq.Socket[bytes], begun: float) -> int:
-    def tell(phase: str) -> None:
+    def tell(phase: str, loaded: int = 0, total: int = 0) -> None:
         report(
             socket,
             RankPhase(
-                group=spec.group, generation=spec.generation, rank=spec.rank, pid=os.getpid(), phase=phase
+                group=spec.group,
+                generation=spec.generation,
+                rank=spec.rank,
+                pid=os.getpid(),
+                phase=phase,
+                loaded=loaded,
+                total=total,
             ),
         )
 
