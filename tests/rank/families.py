@@ -276,6 +276,7 @@ def _sdxl() -> Case:
 
 CASES = {
     "sd3": _sd3(),
+    "sd3.5_large": _sd3(qk_norm=True),
     "sd3.5_medium": _sd3(qk_norm=True, dual_blocks=2),
     "pixart_sigma": _pixart(),
     "pixart_alpha": _pixart(sizes=True, positions=64),

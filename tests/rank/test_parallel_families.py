@@ -28,8 +28,8 @@ LONG = {"tensor2-ulysses2": (2, 1, 2), "tensor2-ring2": (1, 2, 2)}
 FULL = ("sd3.5_medium", "pixart_alpha", "hunyuandit_1.2")
 """Tried in more ways: those that have all that others of their family have."""
 
-ALIKE = ("hunyuandit_1.1",)
-"""What differs from another in nothing that is split."""
+ALIKE = ("hunyuandit_1.1", "sd3.5_large")
+"""What differs from another in nothing that is split; `tests.rank.exactness` tries these, too."""
 
 PARAMS = [
     pytest.param((name, world), id=f"{name}-{world}", marks=[pytest.mark.soak] if world in LONG else [])

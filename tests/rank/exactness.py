@@ -1,0 +1,107 @@
+"""Every family under every plan, whatever the sizes, against plain diffusers in one process; and the table of it.
+
+    python -m tests.rank.exactness [--write] [--only NAME]
+
+Small models, float32, real ranks with real xfuser over gloo. Figures are the largest difference of a prediction over its
+standard deviation.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from tests.rank.families import CASES, Case, normal
+from tests.rank.ranks import Ranks, framed, running
+from tests.rank.reference import error
+from xditd.protocol import orders
+from xditd.protocol.messages import DenoiseItem
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "exactness.md"
+BEGIN, END = "<!-- families: made by tests.rank.exactness -->", "<!-- /families -->"
+BOUND = 1e-5
+TEXTS = (15, 77)
+
+PLANS: dict[str, dict[str, int]] = {
+    "one device": {},
+    "ulysses 2": {"ulysses": 2},
+    "ring 2": {"ring": 2},
+    "cfg 2": {"cfg": 2},
+}
+
+Figures = dict[tuple[str, str, tuple[int, int]], float]
+"""By case, plan and size: the worst of the texts."""
+
+
+@click.command()
+@click.option("--write", is_flag=True, help="Write the table into docs/exactness.md.")
+@click.option("--only", default="", help="Cases whose name begins so.")
+def main(write: bool, only: str) -> None:
+    """Compares, prints the table, and exits with 1 where something is further apart than it may be."""
+    torch.set_num_threads(1)
+    begin, figures = time.monotonic(), {}
+    for name, case in CASES.items():
+        if name.startswith(only):
+            for plan, degrees in PLANS.items():
+                if bool(degrees) == case.parallel:
+                    with tempfile.TemporaryDirectory() as folder:
+                        figures |= compare(Path(folder), name, case, plan)
+    text = table(figures)
+    click.echo(text)
+    click.echo(f"{time.monotonic() - begin:.0f} s", err=True)
+    if write:
+        document = DOCUMENT.read_text(encoding="utf-8")
+        head, tail = document.partition(BEGIN)[0], document.partition(END)[2]
+        DOCUMENT.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    if max(figures.values()) > BOUND:
+        sys.exit(1)
+
+
+def compare(folder: Path, name: str, case: Case, plan: str) -> Figures:
+    """One case under one plan, at all of its sizes."""
+    path = case.make(folder / "model.safetensors")
+    with running(folder, path=path, family=case.family, **PLANS[plan], wait=False) as ranks:
+        reference = case.reference(path)
+        ranks.ready()
+        figures: Figures = {}
+        for size in case.sizes:
+            worst = 0.0
+            for text in TEXTS:
+                # As cond and uncond are: two texts of two lengths in one turn.
+                givens = [case.conditioning(length) for length in (text, text + 4)]
+                x, t = normal(1, case.channels, *size), torch.tensor([case.t])
+                for i, given in enumerate(givens):
+                    ranks.condition(1, str(i), given)
+                for prediction, given in zip(_ask(ranks, x, case.t), givens, strict=True):
+                    worst = max(worst, error(prediction, reference(x, t, given)))
+                ranks.send(orders.ForgetRun(run=1))
+            figures[name, plan, size] = worst
+            click.echo(f"{worst:.1e} {name}, {plan}, {size[0]}×{size[1]}", err=True)
+    return figures
+
+
+def _ask(ranks: Ranks, x: torch.Tensor, t: float) -> list[torch.Tensor]:
+    described, frames = framed([x, x])
+    items = tuple(DenoiseItem(x=each, t=(t,), conditioning=str(i)) for i, each in enumerate(described))
+    _, predictions = ranks.turn(orders.TurnDenoise(order=1, run=1, items=items), *frames)
+    return predictions
+
+
+def table(figures: Figures) -> str:
+    """The figures as Markdown, a row for each case and size."""
+    plans = [plan for plan in PLANS if any(key[1] == plan for key in figures)]
+    rows = []
+    for name, size in dict.fromkeys((key[0], key[2]) for key in figures):
+        cells = [figures.get((name, plan, size)) for plan in plans]
+        shown = ["" if figure is None else f"{figure:.1e}" for figure in cells]
+        rows.append(f"| {name.replace('_', ' ')} | {size[0]}×{size[1]} | {' | '.join(shown)} |")
+    return "\n".join([f"| model | latent | {' | '.join(plans)} |", "|---|---|" + "---|" * len(plans), *rows])
+
+
+if __name__ == "__main__":
+    main()
