@@ -6,7 +6,6 @@ waits for the last stage does not hold up what the first sends. Shapes are known
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +42,10 @@ class Links:
         self.pipelines = world // stages
         self.pipeline, self.stage = divmod(rank, stages)
         self._device = device
-        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
+        self._sent: list[
+            tuple[Any, torch.Tensor]
+        ] = []  # in this turn; what is sent must be held until it is gone
+        self._sent_before: list[tuple[Any, torch.Tensor]] = []
         self._onward: Any = None
         self._inward: Any = None
         for first in range(0, world, stages):
@@ -66,13 +68,21 @@ class Links:
     def is_last(self) -> bool:
         return self.stage == self.stages - 1
 
+    def begin_turn(self) -> None:
+        """Lets go of what was sent in the turn before the last one.
+
+        It is waited for, since with gloo a send is never known to be completed until then. Nobody waits for anybody in a
+        circle: what a stage needs to receive of an earlier turn has all been sent.
+        """
+        for work, _ in self._sent_before:
+            work.wait()
+        self._sent_before, self._sent = self._sent, []
+
     def send(self, tensor: torch.Tensor) -> None:
         """To the next stage; the last one's next is the first. Does not wait for it."""
         group, target = self._onward
         tensor = tensor.contiguous()
         self._sent.append((torch.distributed.isend(tensor, target, group=group), tensor))
-        while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
 
     def arriving(self, shape: tuple[int, ...], dtype: torch.dtype) -> Arriving:
         """What the stage before sends next that was not asked for yet."""

@@ -167,6 +167,7 @@ class PipeFusion:
         job = self._jobs.get(order.run)
         if job is None:
             raise XditError(Code.NO_SUCH_RUN, f"Run {order.run} has no sampling under way here.")
+        self._links.begin_turn()
         self._network.loras.hold(self._loras.get(order.run, ()))
         sigma = torch.tensor(job.begun.sigmas[order.step], dtype=torch.float32, device=self._transfer.device)
         _, time = noising(self._network.noise, sigma.device).shown(sigma, sigma)  # a flow shows x as it is
