@@ -102,6 +102,7 @@ PURE = (
     "models/*/config.py",
     "protocol/figures.py",
     "protocol/messages.py",
+    "protocol/noise.py",
     "protocol/orders.py",
     "protocol/plans.py",
     "protocol/watching.py",

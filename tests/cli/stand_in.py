@@ -8,6 +8,7 @@ from typing import Any
 from tests.cli import reports
 from xditd.protocol.errors import XditError
 from xditd.protocol.messages import Loaded, MemoryFreed, MemoryStatus, ModelInfo, Queued, Slept, Unloaded
+from xditd.protocol.noise import Noise
 
 
 class Scripted:
@@ -88,6 +89,7 @@ class ScriptedRun:
             bytes=1,
             parameters=1,
             facts=facts,
+            noise=Noise(predicts="flow"),
         )
         self.fails = fails
         self.conditioning: dict[str, tuple[Any, Any]] = {}

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from xditd.catalog.families import hunyuandit, pixart, sdxl
-from xditd.catalog.noise import Diffusion
 from xditd.protocol.errors import XditError
+from xditd.protocol.noise import Noise
 from xditd.rank.noising import noising
 from xditd.rank.sampling import SAMPLERS, Sampling
 
@@ -179,7 +179,7 @@ def of_x0(x0: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor, predicts: str)
 
 
 @pytest.mark.parametrize(("kind", "told"), KINDS.values(), ids=KINDS)
-def test_the_table_of_sigmas_is_diffusers(kind: Diffusion, told: dict[str, Any]) -> None:
+def test_the_table_of_sigmas_is_diffusers(kind: Noise, told: dict[str, Any]) -> None:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     kept = DDIMScheduler(num_train_timesteps=1000, **told).alphas_cumprod.double()
@@ -192,7 +192,7 @@ def test_the_table_of_sigmas_is_diffusers(kind: Diffusion, told: dict[str, Any])
 
 
 @pytest.mark.parametrize(("kind", "told"), KINDS.values(), ids=KINDS)
-def test_a_network_is_asked_at_the_step_whose_sigma_is_nearest(kind: Diffusion, told: dict[str, Any]) -> None:
+def test_a_network_is_asked_at_the_step_whose_sigma_is_nearest(kind: Noise, told: dict[str, Any]) -> None:
     of = noising(kind, CPU)
     for step in (0, 1, 500, 998, 999):
         sigma = torch.tensor(kind.sigmas()[step], dtype=torch.float32)
@@ -203,7 +203,7 @@ def test_a_network_is_asked_at_the_step_whose_sigma_is_nearest(kind: Diffusion, 
 
 
 @pytest.mark.parametrize(("kind", "told"), KINDS.values(), ids=KINDS)
-def test_what_a_network_predicts_tells_of_the_latent(kind: Diffusion, told: dict[str, Any]) -> None:
+def test_what_a_network_predicts_tells_of_the_latent(kind: Noise, told: dict[str, Any]) -> None:
     of, x0 = noising(kind, CPU), torch.linspace(-1, 1, noise().numel()).view(noise().shape)
     for sigma in (torch.tensor(0.1), torch.tensor(3.0)):
         x = x0 + sigma * noise()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from xditd.catalog import lora_fit
 from xditd.catalog.detection import Recognised, recognise, role
+from xditd.catalog.families import TRANSFORMERS
 from xditd.catalog.header import read_header
 from xditd.catalog.roots import ModelFile, Roots, canonical
 from xditd.catalog.sentences import shown
@@ -280,6 +281,7 @@ def _kind_not_built(kind: str) -> XditError:
 
 
 def _info(kind: str, name: str, part: str, size: int, recognised: Recognised) -> ModelInfo:
+    transformer = TRANSFORMERS.get(recognised.family)
     return ModelInfo(
         kind=kind,
         name=name,
@@ -290,6 +292,7 @@ def _info(kind: str, name: str, part: str, size: int, recognised: Recognised) ->
         bytes=size,
         parameters=recognised.parameters,
         facts=dict(recognised.facts),
+        noise=transformer.noise(recognised.facts) if transformer is not None else None,
     )
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from xditd.cli import words
 from xditd.cli.bars import PhaseBar, StepBar
-from xditd.cli.schedule import Habits, habits, sigmas
+from xditd.cli.schedule import Habits, habits, known, sigmas
 from xditd.client import Client, Run, files
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, ModelRef, Plan, PlanRequest
@@ -31,7 +31,8 @@ class Wish:
     """What is to be drawn. None is the model's habit.
 
     Attributes:
-        conditioning: a safetensors file with the model's tensors (Flux: context, pooled); None draws random ones.
+        conditioning: a safetensors file with the model's tensors (protocol.md, §8; Flux: context, pooled); None draws random
+            ones.
         negative: the same, for cfg above 1.
         latent: a file to begin from, unscaled as ComfyUI's LATENT; None begins from noise alone.
         size: width and height of the picture in pixels.
@@ -100,7 +101,10 @@ def draw(client: Client, wish: Wish, console: Console) -> Drawn:
         try:
             habit = habits(run.model)
             schedule = wish.sigmas or sigmas(
-                wish.steps or habit.steps, habit.mu if wish.mu is None else wish.mu, wish.denoise
+                known(run.model),
+                wish.steps or habit.steps,
+                habit.mu if wish.mu is None else wish.mu,
+                wish.denoise,
             )
             values = guidance_values(run.model, habit, wish.guidance)
             run.put_conditioning("positive", given[0] or random_conditioning(run.model, wish.seed), values)
@@ -167,7 +171,21 @@ def noise_shape(info: ModelInfo, wish: Wish, start: torch.Tensor | None) -> tupl
     return wish.batch, info.facts["latent_channels"], height // scale, width // scale
 
 
-def random_conditioning(info: ModelInfo, seed: int, tokens: int = 77) -> dict[str, torch.Tensor]:
+RANDOM: dict[str, dict[str, tuple[int | str, ...]]] = {
+    "flux": {"context": (77, "context_width"), "pooled": ("pooled_width",)},
+    "sd3": {"context": (77, "context_width"), "pooled": ("pooled_width",)},
+    "sdxl": {"context": (77, "context_width"), "vector": ("vector_width",)},
+    "pixart": {"context": (77, "context_width")},
+    "hunyuandit": {"context": ("text_tokens", "context_width"), "context_t5": ("t5_tokens", "t5_width")},
+}
+"""By family: the tensors that condition it, and their shapes after the batch: numbers, or facts of the model."""
+
+
+def random_conditioning(info: ModelInfo, seed: int) -> dict[str, torch.Tensor]:
     """Noise in the place of an encoded prompt: a picture of nothing, but by the whole path."""
-    context = files.noise((1, tokens, info.facts["context_width"]), seed + 1)
-    return {"context": context, "pooled": files.noise((1, info.facts["pooled_width"]), seed + 2)}
+    return {
+        key: files.noise(
+            (1, *(info.facts[size] if isinstance(size, str) else size for size in shape)), seed + i
+        )
+        for i, (key, shape) in enumerate(RANDOM[info.family].items(), 1)
+    }

@@ -76,7 +76,7 @@ class Lora(click.ParamType):
 @click.option(
     "--conditioning",
     type=FILE,
-    help="safetensors with the encoded prompt; for Flux: context [1, n, 4096], pooled [1, 768].",
+    help="safetensors with the encoded prompt; for Flux: context [1, n, 4096], pooled [1, 768]; others: protocol.md, §8.",
 )
 @click.option(
     "--random-conditioning", is_flag=True, help="Noise instead of a prompt: to try the path or measure it."
@@ -107,11 +107,11 @@ class Lora(click.ParamType):
     "--size", type=PictureSize(), default="1024x1024", show_default=True, help="Of the picture, in pixels."
 )
 @click.option("--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Pictures at once.")
-@click.option("--steps", type=click.IntRange(1, 4095), help="Default: 20 for FLUX.1-dev, 4 for schnell.")
+@click.option("--steps", type=click.IntRange(1, 4095), help="Default: the family's; 20 for FLUX.1-dev.")
 @click.option(
     "--sigmas", type=Sigmas(), default=(), help="Explicit sigmas instead of --steps; the last may be 0."
 )
-@click.option("--mu", type=float, help="Shift of the schedule. Default: 1.15 for FLUX.1-dev, 0 for schnell.")
+@click.option("--mu", type=float, help="Shift of a flow's schedule. Default: 1.15 for FLUX.1-dev.")
 @click.option(
     "--denoise",
     type=click.FloatRange(0, 1, min_open=True),

@@ -12,7 +12,6 @@ import torch
 
 from xditd.catalog.detection import PREFIXES, role
 from xditd.catalog.families import TRANSFORMERS, family
-from xditd.catalog.noise import Noise
 from xditd.models.lora import Loras
 from xditd.models.reading import Progress, WeightFile
 from xditd.models.splits import Cut, Divide
@@ -20,6 +19,7 @@ from xditd.models.stages import Stages
 from xditd.models.tokens import Tokens
 from xditd.models.weights import Weights
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.noise import Noise
 
 
 @dataclass(frozen=True, slots=True)

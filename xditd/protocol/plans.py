@@ -6,6 +6,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct, field
 
+from xditd.protocol.noise import Noise
+
 Name = Annotated[str, Meta(max_length=1024)]
 Degree = Annotated[int, Meta(ge=0, le=1024)]
 
@@ -88,6 +90,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     bytes: int  # of the file
     parameters: int
     facts: dict[str, int] = field(default_factory=dict)  # widths, depths, heads: what the shapes say
+    noise: Noise | None = None  # of a transformer: what it takes out of a latent
 
 
 class SkippedFile(Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from xditd.catalog.noise import Diffusion, Flow, Noise
+from xditd.protocol.noise import Noise
 
 NEAR = 1e-5
 """How near a first sigma must be to the highest to count as it."""
@@ -38,7 +38,7 @@ class Noising(Protocol):
 class Flowing:
     """Rectified flow's."""
 
-    def __init__(self, noise: Flow) -> None:
+    def __init__(self, noise: Noise) -> None:
         self.highest = noise.highest
         self._multiplier = noise.multiplier
 
@@ -64,7 +64,7 @@ class Diffusing:
         device: where its table is.
     """
 
-    def __init__(self, noise: Diffusion, device: torch.device) -> None:
+    def __init__(self, noise: Noise, device: torch.device) -> None:
         sigmas = torch.tensor(noise.sigmas(), dtype=torch.float64)
         self.highest = float(sigmas[-1])
         self._logs = sigmas.log().float().to(device)
@@ -91,4 +91,4 @@ class Diffusing:
 
 def noising(noise: Noise, device: torch.device) -> Noising:
     """A kind of noise on a device."""
-    return Flowing(noise) if isinstance(noise, Flow) else Diffusing(noise, device)
+    return Flowing(noise) if noise.predicts == "flow" else Diffusing(noise, device)

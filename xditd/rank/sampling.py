@@ -13,11 +13,11 @@ from itertools import pairwise
 import torch
 
 from xditd.catalog.families.inputs import ROUNDING
-from xditd.catalog.noise import Flow
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.noise import Noise
 from xditd.rank.noising import Flowing, Noising
 
-FLOW = Flowing(Flow())
+FLOW = Flowing(Noise(predicts="flow"))
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """x [B, C, H, W] and sigma (float32, no dimensions) to x0, the latent that x is expected to come from; float32."""

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from xditd.catalog.families import inputs
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
-from xditd.catalog.noise import Flow
 from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.noise import Noise
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "echo"
@@ -25,9 +25,9 @@ def detect(header: Header, prefix: str) -> Detected | None:
     return None
 
 
-def noise(facts: Mapping[str, int]) -> Flow:
+def noise(facts: Mapping[str, int]) -> Noise:
     """None: it computes nothing."""
-    return Flow()
+    return Noise(predicts="flow")
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from xditd.catalog.header import Header
-from xditd.catalog.noise import Noise
 from xditd.protocol.messages import EncodeText, ModelInfo, Plan, Sample
+from xditd.protocol.noise import Noise
 from xditd.protocol.tensors import Tensor
 
 

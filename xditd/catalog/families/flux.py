@@ -9,9 +9,9 @@ from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
-from xditd.catalog.noise import Flow
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.noise import Noise
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "flux"
@@ -116,9 +116,9 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     return table
 
 
-def noise(facts: Mapping[str, int]) -> Flow:
+def noise(facts: Mapping[str, int]) -> Noise:
     """What kind of noise it takes out of a latent."""
-    return Flow()
+    return Noise(predicts="flow")
 
 
 # ------------------------------------------------------------------------------------------- plan and inputs

@@ -9,10 +9,10 @@ from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
-from xditd.catalog.noise import Diffusion
 from xditd.catalog.sentences import shape_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.noise import Noise
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "hunyuandit"
@@ -147,9 +147,9 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     return table
 
 
-def noise(facts: Mapping[str, int]) -> Diffusion:
+def noise(facts: Mapping[str, int]) -> Noise:
     """What kind of noise it takes out of a latent."""
-    return Diffusion("v", 0.00085, 0.03 if facts["sizes"] else 0.018)
+    return Noise(predicts="v", start=0.00085, end=0.03 if facts["sizes"] else 0.018)
 
 
 # ------------------------------------------------------------------------------------------- plan and inputs

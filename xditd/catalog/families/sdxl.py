@@ -8,9 +8,9 @@ from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape
 from xditd.catalog.families.family import Detected
 from xditd.catalog.header import Header
-from xditd.catalog.noise import Diffusion
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.noise import Noise
 from xditd.protocol.tensors import FLOATS, Tensor
 
 name = "sdxl"
@@ -170,9 +170,11 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     return table
 
 
-def noise(facts: Mapping[str, int]) -> Diffusion:
+def noise(facts: Mapping[str, int]) -> Noise:
     """What kind of noise it takes out of a latent."""
-    return Diffusion("v" if facts["v"] else "eps", 0.00085, 0.012, zero_snr=bool(facts["zsnr"]))
+    return Noise(
+        predicts="v" if facts["v"] else "eps", start=0.00085, end=0.012, zero_snr=bool(facts["zsnr"])
+    )
 
 
 # ------------------------------------------------------------------------------------------- plan and inputs

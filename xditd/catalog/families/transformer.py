@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xditd.catalog.families import inputs
-from xditd.catalog.noise import Noise
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
+from xditd.protocol.noise import Noise
 from xditd.protocol.tensors import Tensor
 
 Conditioning = Mapping[str, Tensor]
