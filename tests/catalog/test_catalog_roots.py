@@ -200,10 +200,11 @@ def test_a_kind_that_is_none_is_refused(tmp_path):
     assert "diffusion_models" in error.message
 
 
-def test_a_folder_is_not_built_yet(tmp_path):
+def test_a_folder_without_weights_is_no_model(tmp_path):
     touch(tmp_path / "models" / "vae" / "flux" / "config.json")
     error = refusal(model_roots(comfyui=tmp_path), "vae", "flux")
-    assert error.code is Code.NOT_BUILT
+    assert error.code is Code.FILE_INVALID
+    assert "needs a model_index.json" in error.message
 
 
 def test_what_is_out_of_reach_says_whose_reach(tmp_path, monkeypatch):

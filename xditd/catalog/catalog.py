@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from xditd.catalog import lora_fit
+from xditd.catalog import folders, lora_fit
 from xditd.catalog.detection import Recognised, recognise, role
 from xditd.catalog.families import TRANSFORMERS
-from xditd.catalog.header import read_header
+from xditd.catalog.header import Header, read_header
 from xditd.catalog.roots import ModelFile, Roots, canonical
 from xditd.catalog.sentences import shown
 from xditd.catalog.weights import read_weights
@@ -45,7 +46,7 @@ class Found:
     """A model, ready to be loaded.
 
     Attributes:
-        path: of its file, with links resolved; "" of the echo.
+        path: of its file or folder, with links resolved; "" of the echo.
         info: what the file is.
         prefix: what the file puts before the keys of the part.
     """
@@ -125,7 +126,8 @@ class Catalog:
         if isinstance(recognised, XditError):
             raise _anew(recognised)
         info = _info(kind, ref.name, part, stamp.size, recognised)
-        return Found(path=path, info=info, prefix=recognised.prefix)
+        below = os.path.join(path, recognised.below) if recognised.below else path
+        return Found(path=below, info=info, prefix=recognised.prefix)
 
     def find_lora(self, ref: LoraRef, model: Found) -> FoundLora:
         """The file of a LoRA, and what it changes of a model.
@@ -189,7 +191,7 @@ class Catalog:
                 raise file.problem
             if kind not in PARTS:
                 raise _kind_not_built(kind)
-            stamp = _stamp(os.stat(file.path))
+            stamp = _stamp(kind, file.path)
             parts = self._recognise(kind, name, file.path, stamp)
         except OSError as error:
             problem = XditError(Code.MODEL_NOT_VISIBLE, f"It cannot be opened: {error.strerror}.")
@@ -208,7 +210,7 @@ class Catalog:
         sizes = []
         for path in self.roots.candidates(kind, ref.name):
             try:
-                stamp = _stamp(os.stat(path))
+                stamp = _stamp(kind, path)
             except OSError:  # gone since it was found
                 continue
             if ref.size is None or ref.size == stamp.size:
@@ -237,15 +239,47 @@ class Catalog:
 
 def _read(kind: str, name: str, path: str) -> dict[str, Recognised | XditError]:
     try:
+        if os.path.isdir(path) and folders.is_pipeline(os.listdir(path), kind):
+            return _read_pipeline(kind, name, path)
         header = read_weights(path, f"{kind}/{name}")
+    except OSError as error:
+        problem = XditError(Code.MODEL_NOT_VISIBLE, f"{kind}/{shown(name)} cannot be read: {error.strerror}.")
+        return dict.fromkeys(PARTS[kind], problem)
     except XditError as error:
         return dict.fromkeys(PARTS[kind], _anew(error))
+    return _recognised(kind, header)
+
+
+def _recognised(kind: str, header: Header) -> dict[str, Recognised | XditError]:
     parts: dict[str, Recognised | XditError] = {}
     for part in PARTS[kind]:
         try:
             parts[part] = lora_fit.recognise(header) if kind == LORAS else recognise(header, part)
         except XditError as error:
             parts[part] = _anew(error)
+    return parts
+
+
+def _read_pipeline(kind: str, name: str, path: str) -> dict[str, Recognised | XditError]:
+    """Each part from the folder that the pipeline has for it."""
+    listed = folders.parts(path, f"{kind}/{name}")
+    missing = XditError(
+        Code.UNKNOWN_FAMILY,
+        f"{kind}/{shown(name)} is a pipeline without this part; it has {', '.join(listed)}.",
+    )
+    parts: dict[str, Recognised | XditError] = dict.fromkeys(PARTS[kind], missing)
+    with_bert = "BertModel" in listed.values()
+    for below in listed:
+        part = folders.PARTS.get(below, "text_encoder")
+        try:
+            header = read_weights(os.path.join(path, below), f"{kind}/{name}/{below}")
+            found: Recognised | XditError = replace(recognise(header, part), below=below)
+        except XditError as error:
+            found = _anew(error)
+        if part == "text_encoder" and isinstance(found, Recognised):
+            part = folders.text_part(found.family, found.variant, with_bert)
+        if part in parts:
+            parts[part] = found
     return parts
 
 
@@ -310,8 +344,15 @@ def _encodable(name: str) -> bool:
     return True
 
 
-def _stamp(status: os.stat_result) -> _Stamp:
-    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+def _stamp(kind: str, path: str) -> _Stamp:
+    """Of a folder: of all that it is read from; its size is that of its safetensors files."""
+    status = os.stat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        return _Stamp(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+    seen = sorted((inside, os.stat(inside)) for inside in folders.contents(path, kind))
+    size = sum(each.st_size for inside, each in seen if inside.endswith(".safetensors"))
+    last = hash(tuple((inside, each.st_size, each.st_mtime_ns, each.st_ino) for inside, each in seen))
+    return _Stamp(size, last, status.st_ino, status.st_dev)
 
 
 _ECHO_INFO = ModelInfo(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from xditd.catalog.families import FAMILIES, known
 from xditd.catalog.families.expected import LOADABLE
 from xditd.catalog.header import Header, TensorEntry
+from xditd.catalog.layouts import named
 from xditd.catalog.sentences import listed
 from xditd.protocol.errors import Code, XditError
 
@@ -38,7 +39,8 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """One part of a file. `dtype` is that of most of its parameters, by torch's name."""
+    """One part of a file. `dtype` is that of most of its parameters, by torch's name; `below` is the folder of the part,
+    below that of its pipeline."""
 
     family: str
     variant: str
@@ -46,6 +48,7 @@ class Recognised:
     parameters: int
     prefix: str
     facts: dict[str, int] = field(default_factory=dict)
+    below: str = ""
 
 
 def recognise(header: Header, part: str) -> Recognised:
@@ -61,7 +64,8 @@ def recognise(header: Header, part: str) -> Recognised:
     """
     if _SHARD.search(header.name):
         raise XditError(
-            Code.NOT_BUILT, f"{header.name} is one of several shards; this version loads models of one file."
+            Code.NOT_BUILT,
+            f"{header.name} is one of several shards; name the folder that it lies in, with its index.",
         )
     lookalike = known.name_of(header, PREFIXES[part], known.LOOKALIKES)
     if lookalike:
@@ -70,7 +74,7 @@ def recognise(header: Header, part: str) -> Recognised:
         if family.part != role(part):
             continue
         for prefix in PREFIXES[part]:
-            found = family.detect(header, prefix)
+            found = named.detect(family, header, prefix)
             if found is not None:
                 entries = [header.tensors[key] for key in found.keys]
                 return Recognised(
@@ -85,6 +89,11 @@ def recognise(header: Header, part: str) -> Recognised:
     if other:
         raise _not_built(header, other)
     raise _unknown(header, part)
+
+
+def prefixes(header: Header, part: str) -> tuple[str, ...]:
+    """What may be before the keys of a part: nothing, too, where the part has a folder of its own."""
+    return ("", *PREFIXES[part]) if header.files else PREFIXES[part]
 
 
 def role(part: str) -> str:
@@ -125,7 +134,7 @@ def _holds(header: Header, part: str) -> str:
         if family.part == role(part):
             for prefix in PREFIXES[part]:
                 try:
-                    if family.detect(header, prefix) is not None:
+                    if named.detect(family, header, prefix) is not None:
                         return family.label
                 except XditError:
                     return family.label  # a broken one is one all the same

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xditd.catalog import folders
 from xditd.catalog.extra_paths import read_extra_paths
 from xditd.catalog.sentences import shown
 from xditd.protocol.errors import Code, XditError
@@ -42,10 +43,10 @@ SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pk
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A file below a root, or a folder or link that is not looked into.
+    """A file below a root, a folder that is one model, or a folder or link that is not looked into.
 
     Attributes:
-        name: as ComfyUI lists it: relative to its root, with "/".
+        name: as ComfyUI lists it: relative to its root, with "/"; of a model in a folder, the folder's.
         path: with all links resolved; "" where there is a problem.
         problem: why it is not looked into.
     """
@@ -95,10 +96,9 @@ class Roots:
                     problem = self._out_of_reach(kind, name, path, error)
                 continue
             if stat.S_ISDIR(status.st_mode):
-                problem = XditError(
-                    Code.NOT_BUILT,
-                    f"{kind}/{shown(name)} is a folder; this version loads models of one safetensors file.",
-                )
+                problem = self._folder_problem(kind, name, path)
+                if problem is None:
+                    found.append(os.path.realpath(path))
             elif self.allows(path):
                 found.append(os.path.realpath(path))
             else:
@@ -135,7 +135,15 @@ class Roots:
                 if (status.st_dev, status.st_ino) in seen:
                     continue
                 seen.add((status.st_dev, status.st_ino))
-                with os.scandir(root / below) as entries:
+                with os.scandir(root / below) as scanned:
+                    entries = list(scanned)
+                names = [entry.name for entry in entries]
+                whole = bool(below) and folders.is_model(names, kind)
+                if whole:
+                    problem = self._folder_problem(kind, below, root / below)
+                    path = "" if problem else os.path.realpath(root / below)
+                    yield ModelFile(below, path, problem)
+                if not whole or not folders.is_pipeline(names, kind):
                     for entry in entries:
                         name = f"{below}/{entry.name}" if below else entry.name
                         if entry.is_dir(follow_symlinks=False):
@@ -146,12 +154,26 @@ class Roots:
                                 waiting.append(name)
                             else:
                                 yield ModelFile(name, problem=self.leads_out(kind, name))
-                        elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                        elif not whole and entry.name.lower().endswith(SUFFIXES) and entry.is_file():
                             yield self._file(kind, name, root / name)
             except (FileNotFoundError, NotADirectoryError):
                 continue  # it need not be there yet, or was removed just now
             except OSError as error:
                 yield ModelFile(below or ".", problem=self._out_of_reach(kind, below, root / below, error))
+
+    def _folder_problem(self, kind: str, name: str, path: Path) -> XditError | None:
+        """Why a folder is not one model, or is not to be read; None where it is."""
+        try:
+            if not folders.is_model(os.listdir(path), kind):
+                return XditError(
+                    Code.FILE_INVALID,
+                    f"{kind}/{shown(name)} is a folder, but no model: it needs a model_index.json, or a config.json beside "
+                    "one safetensors file or an index of several.",
+                )
+            inside = [path, *map(Path, folders.contents(os.fspath(path), kind))]
+        except OSError as error:
+            return self._out_of_reach(kind, name, path, error)
+        return None if all(self.allows(each) for each in inside) else self.leads_out(kind, name)
 
     def _file(self, kind: str, name: str, path: Path) -> ModelFile:
         if self.allows(path):

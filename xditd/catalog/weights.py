@@ -8,13 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from xditd.catalog import quantised
+from xditd.catalog.folders import INDEX, marks
 from xditd.catalog.gguf import MAGIC, read_gguf
 from xditd.catalog.header import MAX_HEADER, Header, TensorEntry, opened, read_header
 from xditd.catalog.sentences import shown
 from xditd.protocol.errors import Code, XditError
-
-INDEX = ".safetensors.index.json"
-"""Ends the name of the file that says which shard has which tensor."""
 
 MAX_SHARDS = 1000
 
@@ -53,6 +51,10 @@ def _read_folder(folder: str, name: str) -> Header:
     tensors: dict[str, TensorEntry] = {}
     total = 0
     for number, file in enumerate(files):
+        if not os.path.exists(os.path.join(folder, file)):
+            raise XditError(
+                Code.FILE_INVALID, f"{name} lacks {shown(file)}, which its index names; fetch it again."
+            )
         header = read_header(os.path.join(folder, file), f"{name}/{file}")
         total += header.bytes
         for key, entry in header.tensors.items():
@@ -66,7 +68,9 @@ def _read_folder(folder: str, name: str) -> Header:
             Code.FILE_INVALID,
             f"{name} lacks {shown(missing[0])}, which its index has in {shown(where[missing[0]])}; fetch it again.",
         )
-    return Header(tensors=tensors, metadata={}, data_offset=0, bytes=total, name=name, files=files)
+    return Header(
+        tensors=tensors, metadata=marks(folder, name), data_offset=0, bytes=total, name=name, files=files
+    )
 
 
 def _index(folder: str, name: str) -> dict[str, str]:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from xditd.catalog.detection import PREFIXES, role
+from xditd.catalog.detection import prefixes, role
 from xditd.catalog.families import TRANSFORMERS, family
+from xditd.catalog.layouts import named
 from xditd.models.lora import Loras
 from xditd.models.reading import Progress, WeightFile
 from xditd.models.splits import Cut, Divide
@@ -80,7 +81,7 @@ def load(
 
     Args:
         name: of the family.
-        path: of the file.
+        path: of the file or folder.
         part: of the file, one of `catalog.detection.PREFIXES`.
         device: where it goes.
         dtype: of its arithmetic.
@@ -101,9 +102,10 @@ def load(
     if row.part != role(part):
         raise XditError(Code.UNKNOWN_FAMILY, f"{name} is a {row.part}; it cannot be loaded as a {part}.")
     file = WeightFile(path, progress)
-    for prefix in PREFIXES[part]:
-        found = family(name).detect(file.header, prefix)
+    for prefix in prefixes(file.header, part):
+        found = named.detect(family(name), file.header, prefix)
         if found is not None:
+            file.names = found.names
             network = importlib.import_module(row.module)
             shared = () if divide is None else (divide,)
             loaded = network.load(file, found.facts, prefix, device, dtype, *shared)

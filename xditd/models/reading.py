@@ -67,6 +67,7 @@ class WeightFile:
 
     Attributes:
         header: of it.
+        names: of one in diffusers' layout: by parameter of the network, its key; {} has the makers'.
         placed: the parameters that it has filled, by the network's name for them.
 
     Raises:
@@ -81,6 +82,7 @@ class WeightFile:
         """
         self.progress = progress
         self.header: Header = read_weights(path)
+        self.names: Mapping[str, str] = {}
         self.placed: dict[str, Placed] = {}
         files = [os.path.join(path, name) for name in self.header.files] or [os.fspath(path)]
         self._mapped = [_map(file) for file in files]
@@ -193,7 +195,7 @@ def fill(
 
     Args:
         network: made on the meta device; its parameters are replaced.
-        pieces: by the name of the parameter.
+        pieces: by the name of the parameter, where it is in a file of the makers'.
         file: where they are read.
         device: where they go.
         dtype: what they become.
@@ -204,6 +206,8 @@ def fill(
     """
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     cuts = cuts or {}
+    if file.names:
+        pieces = {name: Piece(key) for name, key in file.names.items()}
     _check(expected, pieces, cuts, file.header)
     place = Uploader(device) if device.type == "cuda" else None
     told = _Telling(file.progress, sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize)

@@ -20,11 +20,13 @@ class Detected:
         variant: of the family: "dev", "schnell".
         facts: widths, depths, heads, channels: what the shapes say.
         keys: the file's keys that belong to the model, with their prefix.
+        names: of a file in diffusers' layout: by parameter of the network, the file's key; of one in the makers' {}.
     """
 
     variant: str
     facts: dict[str, int] = field(default_factory=dict)
     keys: frozenset[str] = frozenset()
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Family(Protocol):

@@ -25,8 +25,6 @@ LOOKALIKES: Rows = (
 """Files that have the keys of a family we run among their own: asked before any family is."""
 
 OTHERS: Rows = (
-    ("a Flux transformer in diffusers' layout", ("single_transformer_blocks.0.proj_mlp.weight", "x_embedder.weight")),
-    ("an SD3 transformer in diffusers' layout", ("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight")),
     ("a Wan transformer", ("head.modulation", "blocks.0.cross_attn.q.weight")),
     ("a Qwen-Image transformer", ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")),
     ("a Z-Image or Lumina 2 transformer", ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight")),
@@ -36,8 +34,8 @@ OTHERS: Rows = (
     ("an AuraFlow transformer", ("double_layers.0.attn.w1q.weight",)),
     ("an SDXL refiner or another UNet with labels", ("input_blocks.0.0.weight", "label_emb.0.0.weight")),
     ("an SD1 or SD2 UNet", ("input_blocks.0.0.weight",)),
-    ("a UNet in diffusers' layout", ("down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight")),
-    ("a VAE in diffusers' layout", ("decoder.up_blocks.0.resnets.0.norm1.weight",)),
+    ("an SD1 or SD2 UNet, an SDXL refiner or a distilled SDXL in diffusers' layout", ("down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight")),
+    ("a video VAE in diffusers' layout", ("decoder.up_blocks.0.resnets.0.norm1.weight",)),
     ("a Wan or Qwen-Image VAE", ("decoder.middle.0.residual.0.gamma",)),
     ("a video VAE", ("decoder.conv_in.conv.weight",)),
     ("a TAESD preview decoder", ("1.weight", "3.conv.0.weight")),

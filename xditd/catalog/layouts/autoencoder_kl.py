@@ -8,10 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xditd.catalog.families.autoencoder_kl import MAX_BLOCKS, MAX_LEVELS
+from xditd.catalog.families.expected import count, has, shape
+from xditd.catalog.header import Header
 from xditd.catalog.layouts.piece import Piece
 
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 """Of the attention in the middle; all but the norm are 1×1 convolutions in the files and linear layers here."""
+
+
+RENAMED = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+"""What older files in diffusers' layout call the layers of the attention in the middle."""
+
+
+def sketch(header: Header) -> dict[str, int] | None:
+    """What `pieces` must know of a file in diffusers' layout; None where it is no AutoencoderKL."""
+    entry = header.tensors.get("decoder.conv_in.weight")
+    if (
+        entry is None
+        or len(entry.shape) != 4
+        or "decoder.up_blocks.0.resnets.0.norm1.weight" not in header.tensors
+    ):
+        return None
+    levels = count(header, "encoder.down_blocks.", MAX_LEVELS)
+    widths = {
+        f"channels_{i}": shape(header, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4)[0]
+        for i in range(levels)
+    }
+    return {
+        "levels": levels,
+        "blocks": count(header, "encoder.down_blocks.0.resnets.", MAX_BLOCKS),
+        "channels": shape(header, "encoder.conv_in.weight", 4)[0],
+        "quant": int(has(header, "quant_conv.") or has(header, "post_quant_conv.")),
+        **widths,
+    }
 
 
 def pieces(facts: Mapping[str, int], prefix: str = "") -> dict[str, Piece]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xditd.catalog.families.expected import count, has
+from xditd.catalog.families.flux import MAX_BLOCKS
+from xditd.catalog.header import Header
 from xditd.catalog.layouts.piece import Piece
 
 WHOLE = {
@@ -56,6 +59,21 @@ SINGLE = {"norm.linear": "modulation.lin", "proj_out": "linear2"}
 """Linear layers of a single block."""
 
 SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
+
+
+def sketch(header: Header) -> dict[str, int] | None:
+    """What `pieces` must know of a file in diffusers' layout, but for widths; None where it is no Flux."""
+    if (
+        "single_transformer_blocks.0.proj_mlp.weight" not in header.tensors
+        or "x_embedder.weight" not in header.tensors
+    ):
+        return None
+    return {
+        "width": 1,
+        "guidance": int(has(header, "time_text_embed.guidance_embedder.")),
+        "double_blocks": count(header, "transformer_blocks.", MAX_BLOCKS),
+        "single_blocks": count(header, "single_transformer_blocks.", MAX_BLOCKS),
+    }
 
 
 def pieces(facts: Mapping[str, int], prefix: str = "") -> dict[str, Piece]:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xditd.catalog.families.expected import count, has
+from xditd.catalog.families.hunyuandit import MAX_BLOCKS
+from xditd.catalog.header import Header
 from xditd.catalog.layouts.piece import Piece
 
 WHOLE = {
@@ -51,6 +54,20 @@ FUSED = {
     "attn2.kv_proj": ("attn2.to_k", "attn2.to_v"),
 }
 """Layers that the files hold as one, in equal parts."""
+
+
+def sketch(header: Header) -> dict[str, int] | None:
+    """What `pieces` must know of a file in diffusers' layout, but for widths; None where it is no HunyuanDiT."""
+    if (
+        "time_extra_emb.pooler.k_proj.weight" not in header.tensors
+        or "text_embedding_padding" not in header.tensors
+    ):
+        return None
+    return {
+        "width": 1,
+        "blocks": count(header, "blocks.", MAX_BLOCKS),
+        "sizes": int(has(header, "time_extra_emb.style_embedder.")),
+    }
 
 
 def pieces(facts: Mapping[str, int], prefix: str = "") -> dict[str, Piece]:

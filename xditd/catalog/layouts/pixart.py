@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xditd.catalog.families.expected import count, has
+from xditd.catalog.families.pixart import MAX_BLOCKS
+from xditd.catalog.header import Header
 from xditd.catalog.layouts.piece import Piece
 
 WHOLE = {
@@ -42,6 +45,22 @@ FUSED = {
     "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
 }
 """Layers that the files hold as one, in equal parts."""
+
+
+def sketch(header: Header) -> dict[str, int] | None:
+    """What `pieces` must know of a file in diffusers' layout, but for widths; None where it is no PixArt."""
+    marks = (
+        "adaln_single.emb.timestep_embedder.linear_1.weight",
+        "caption_projection.linear_1.weight",
+        "pos_embed.proj.weight",
+    )
+    if any(mark not in header.tensors for mark in marks):
+        return None
+    return {
+        "width": 1,
+        "blocks": count(header, "transformer_blocks.", MAX_BLOCKS),
+        "sizes": int(has(header, "adaln_single.emb.resolution_embedder.")),
+    }
 
 
 def pieces(facts: Mapping[str, int], prefix: str = "") -> dict[str, Piece]:

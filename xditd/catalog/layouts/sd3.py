@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xditd.catalog.families.expected import count, has
+from xditd.catalog.families.sd3 import MAX_BLOCKS
+from xditd.catalog.header import Header
 from xditd.catalog.layouts.piece import Piece
 
 WHOLE = {
@@ -54,6 +57,22 @@ DUAL = {"attn2.to_out.0": "x_block.attn2.proj"}
 DUAL_QKV = {"x_block.attn2": ("attn2.to_q", "attn2.to_k", "attn2.to_v")}
 DUAL_NORMS = {"attn2.norm_q": "x_block.attn2.ln_q", "attn2.norm_k": "x_block.attn2.ln_k"}
 """What a block has that attends to the image once more."""
+
+
+def sketch(header: Header) -> dict[str, int] | None:
+    """What `pieces` must know of a file in diffusers' layout, but for widths; None where it is no SD3."""
+    if (
+        "transformer_blocks.0.attn.add_q_proj.weight" not in header.tensors
+        or "pos_embed.proj.weight" not in header.tensors
+    ):
+        return None
+    blocks = count(header, "transformer_blocks.", MAX_BLOCKS)
+    return {
+        "width": 1,
+        "blocks": blocks,
+        "dual_blocks": sum(has(header, f"transformer_blocks.{i}.attn2.") for i in range(blocks)),
+        "qk_norm": int(has(header, "transformer_blocks.0.attn.norm_q.")),
+    }
 
 
 def pieces(facts: Mapping[str, int], prefix: str = "") -> dict[str, Piece]:

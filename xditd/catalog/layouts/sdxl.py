@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xditd.catalog.families.sdxl import RES_BLOCKS, parameters
+from xditd.catalog.families.expected import count, has, shape
+from xditd.catalog.families.sdxl import MAX_BLOCKS, MAX_DEPTH, RES_BLOCKS, VECTOR_WIDTH, parameters
+from xditd.catalog.header import Header
 from xditd.catalog.layouts.piece import Piece
 
 WHOLE = {
@@ -34,6 +36,33 @@ RESNET = {
     "skip_connection": "conv_shortcut",
 }
 """Layers of a residual block; those of transformers have the same names."""
+
+
+RENAMED = {"class_embedding.": "add_embedding."}
+"""What files in diffusers' layout call the embedding of the vector, which our network takes as one piece."""
+
+
+def sketch(header: Header) -> dict[str, int] | None:
+    """What `pieces` must know of a file in diffusers' layout; None where it is no SDXL base UNet, whole."""
+    first = header.tensors.get("add_embedding.linear_1.weight")
+    if first is None or first.shape[1:] != (VECTOR_WIDTH,) or "conv_in.weight" not in header.tensors:
+        return None
+    if not has(header, "mid_block.attentions.0.transformer_blocks."):
+        return None
+    levels = count(header, "down_blocks.", MAX_BLOCKS)
+    facts = {
+        "levels": levels,
+        "middle_depth": count(header, "mid_block.attentions.0.transformer_blocks.", MAX_DEPTH),
+        "context_width": 1,
+        "vector_width": VECTOR_WIDTH,
+        "latent_channels": 1,
+    }
+    for level in range(levels):
+        block = f"down_blocks.{level}"
+        inside = f"{block}.attentions.0.transformer_blocks."
+        facts[f"channels_{level}"] = shape(header, f"{block}.resnets.0.conv1.weight", 4)[0]
+        facts[f"depth_{level}"] = count(header, inside, MAX_DEPTH) if has(header, inside) else 0
+    return facts
 
 
 def pieces(facts: Mapping[str, int], prefix: str = "") -> dict[str, Piece]:
