@@ -73,7 +73,7 @@ def test_a_rank_whose_daemon_is_gone_does_not_start(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_is_not_built_is_refused_before_anything_is_imported(tmp_path: Path) -> None:
-    with running(tmp_path, wait=False, plan={"tensor": 2}) as ranks:
+    with running(tmp_path, wait=False, pipefusion=2, ring=2) as ranks:
         failed, _ = ranks.wait(orders.RankFailed)
         assert (failed.order, failed.code, failed.alive) == (None, "not_built", False)
 
