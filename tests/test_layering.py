@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "handoff": {"protocol"},
     "client": {"protocol", "handoff"},
     "cli": {"protocol", "handoff", "client"},
+    "demo": {"protocol"},
     "catalog": {"protocol"},
     "daemon": {"protocol", "handoff", "catalog"},
     "models": {"protocol", "handoff", "catalog"},
@@ -40,6 +41,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "handoff": {"msgspec"},
     "client": {"msgspec", "zmq"},
     "cli": {"click", "msgspec", "psutil", "rich"},
+    "demo": set(),
     "catalog": {"msgspec"},
     "daemon": {"msgspec", "psutil", "zmq"},
     "models": {"diffusers", "msgspec", "safetensors", "torch", "transformers"},
@@ -64,7 +66,7 @@ LAZILY: dict[str, set[str]] = {
 WHOLLY: dict[str, set[str]] = {"client/tensors.py": {"torch"}}
 """By file: what it may import besides at its top, since whoever imports the file does so inside a function."""
 
-LIGHT = ("protocol", "handoff", "client", "cli", "catalog", "daemon")
+LIGHT = ("protocol", "handoff", "client", "cli", "demo", "catalog", "daemon")
 HEAVY = {
     "torch",
     "numpy",
