@@ -16,6 +16,7 @@ FORMS = {
     "kohya": ("makers", "lora_unet_{_}", ".lora_up.weight", ".lora_down.weight", True),
     "bfl": ("makers", "{.}", ".lora_up.weight", ".lora_down.weight", True),
     "bfl-peft": ("makers", "diffusion_model.{.}", ".lora_B.weight", ".lora_A.weight", False),
+    "makers-peft": ("makers", "base_model.model.{.}", ".lora_B.weight", ".lora_A.weight", False),
     "diffusers": ("diffusers", "transformer.{.}", ".lora_B.weight", ".lora_A.weight", False),
     "diffusers-unet": ("diffusers", "unet.{.}", ".lora.up.weight", ".lora.down.weight", False),
     "onetrainer": ("diffusers", "lora_transformer_{_}", ".lora_up.weight", ".lora_down.weight", True),

@@ -24,7 +24,7 @@ from tests.comfy.inside.texts import latent
 from tests.live.service import Service
 from xditd.models.making import flux_facts, make_flux
 from xditd.models.making_loras import make_lora
-from xditd.models.making_transformers import pixart_facts, sd3_facts, sdxl_facts
+from xditd.models.making_transformers import hunyuandit_facts, pixart_facts, sd3_facts, sdxl_facts
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import PlanRequest
 
@@ -32,6 +32,8 @@ FACTS = {
     "sd3": sd3_facts(context_width=64, pooled_width=32),
     "pixart_sigma": pixart_facts(width=1152, blocks=1),
     "sdxl": sdxl_facts(context_width=64),
+    "hunyuandit_1.2": hunyuandit_facts(),
+    "hunyuandit_1.1": hunyuandit_facts(sizes=True),
     "flux": flux_facts(**FLUX),
 }
 
@@ -40,8 +42,13 @@ CASES = [
     ("sd3", ("kohya", "diffusers", "onetrainer")),
     ("pixart_sigma", ("kohya", "diffusers")),
     ("sdxl", ("kohya", "kohya-diffusers")),
+    ("hunyuandit_1.2", ("makers-peft", "kohya")),  # its makers' own, first
+    ("hunyuandit_1.1", ("makers-peft", "kohya")),
 ]
 """By family: the forms that ComfyUI reads as well."""
+
+SOAKED = ("hunyuandit_1.1",)
+"""Those that are like another, and so not in every run of the tests."""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +96,7 @@ def of_file(path: Path, name: str) -> Any:
         sizes = {"depth": FLUX["double_blocks"], "depth_single_blocks": FLUX["single_blocks"]}
         model.model.model_config.unet_config |= {**sizes, "hidden_size": FLUX["heads"] * FLUX["head_dim"]}
         return model
-    return own.sdxl(path) if name == "sdxl" else own.whole(path)
+    return own.known(name.partition("_")[0], path)
 
 
 def sample(model: Any, name: str) -> torch.Tensor:
@@ -104,7 +111,13 @@ def sample(model: Any, name: str) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize(("name", "forms"), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize(
+    ("name", "forms"),
+    [
+        pytest.param(name, forms, id=name, marks=[pytest.mark.soak] if name in SOAKED else [])
+        for name, forms in CASES
+    ],
+)
 def test_the_latents_are_those_of_comfyuis_own_loader(
     service: Service, folder: Path, capsys: pytest.CaptureFixture[str], name: str, forms: tuple[str, ...]
 ) -> None:
