@@ -28,7 +28,7 @@ class Dispatcher:
         endpoint: of the daemon; "" looks where a client looks.
         model: the file.
         plan: the devices, the strategy, how many replicas, and which of them takes a run.
-        allow_approximate, fallback: as the loaders' inputs of these names.
+        allow_approximate: as the loaders' input of this name.
         lora: that runs have merged, in this order.
     """
 
@@ -36,7 +36,6 @@ class Dispatcher:
     model: ModelRef
     plan: PlanRequest
     allow_approximate: bool = False
-    fallback: bool = False
     lora: tuple[LoraRef, ...] = ()
 
     def part(self, part: str) -> Dispatcher:
@@ -69,7 +68,7 @@ def device_names(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def refuse_unbuilt(*, strategy: str, scheduling: str, allow_approximate: bool, fallback: bool) -> None:
+def refuse_unbuilt(*, strategy: str, scheduling: str, allow_approximate: bool) -> None:
     """Refuses choices that this version knows and does not have; none is ignored.
 
     Raises:
@@ -79,11 +78,6 @@ def refuse_unbuilt(*, strategy: str, scheduling: str, allow_approximate: bool, f
         if chosen not in choices:
             raise XditError(Code.BAD_VALUE, f"There is no {chosen!r}; choose {', '.join(choices)}.")
     unbuilt: Sequence[tuple[bool, str, str]] = (
-        (
-            fallback,
-            "fallback",
-            "it off: a plan that cannot be had is an error, and no result is ever made up",
-        ),
         (
             allow_approximate,
             "an approximate plan of auto's or Hybrid's own choice",

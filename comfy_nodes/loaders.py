@@ -293,11 +293,16 @@ def _plan(choices: dict[str, Any]) -> PlanRequest:
         strategy=strategy,
         scheduling=scheduling,
         allow_approximate=bool(choices.get("allow_approximate")),
-        fallback=bool(choices.get("fallback")),
     )
     devices = device_names(choices.get("gpu_devices") or "")
     replicas = choices.get("replicas") or 1
-    return PlanRequest(strategy=strategy, devices=devices, replicas=replicas, scheduling=scheduling)
+    return PlanRequest(
+        strategy=strategy,
+        devices=devices,
+        replicas=replicas,
+        scheduling=scheduling,
+        fallback="auto" if choices.get("fallback") else "never",
+    )
 
 
 def _dispatcher(kind: str, name: str, choices: dict[str, Any]) -> Dispatcher:
@@ -332,7 +337,8 @@ def _empty_prompt(clip: Any) -> dict[str, Any]:
 
 
 def _done(spec: Dispatcher, loaded: Loaded, *lacks: str) -> None:
-    lack = "".join([*lacks, *(f"; {warning}" for warning in loaded.warnings)])
+    degraded = f"; degraded: {loaded.degraded}" if loaded.degraded else ""
+    lack = "".join([*lacks, degraded, *(f"; {warning}" for warning in loaded.warnings)])
     say(f"{'⚠️' if lack else '✅'} {_how(spec, loaded)}{lack}")
 
 

@@ -77,6 +77,8 @@ class Sampling:
             self._run = daemon.patiently(self._open) if self._was_there else self._open()
             self._was_there = True
             loras = "".join(f", {match.name} × {match.strength:g}" for match in self._run.lora)
+            if self._run.degraded and not any(self._run.degraded in remark for remark in self.remarks):
+                self.remarks.append(f"degraded: {self._run.degraded}")
             self._plan = f"{', '.join(self._run.plan.devices)} ({self._run.plan.reason}){loras}"
         return self._run
 

@@ -77,7 +77,7 @@ class ScriptedRun:
     """Plays `xditd.client.Run` of a small Flux: a sample that is the noise halved, in steps."""
 
     def __init__(self, variant: str = "dev", fails: BaseException | None = None) -> None:
-        self.id, self.group, self.plan, self.lora = 7, "g3", reports.PLAN, ()
+        self.id, self.group, self.plan, self.lora, self.degraded = 7, "g3", reports.PLAN, (), ""
         facts = {"context_width": 64, "pooled_width": 32, "latent_channels": 16, "scale": 8}
         self.model = ModelInfo(
             kind="diffusion_models",

@@ -14,7 +14,6 @@ BUILT: dict[str, Any] = {
     "strategy": "auto",
     "scheduling": "round_robin",
     "allow_approximate": False,
-    "fallback": False,
 }
 
 
@@ -75,7 +74,6 @@ def test_what_is_built_passes() -> None:
     "choice",
     [
         {"allow_approximate": True},
-        {"fallback": True},
     ],
     ids=str,
 )

@@ -257,8 +257,8 @@ def test_a_killed_rank_is_said_and_costs_no_picture(comfy: Comfy, service: Servi
 
 
 def test_a_choice_that_is_not_built_is_refused_in_one_sentence(comfy: Comfy) -> None:
-    outcome = comfy.run(flux(comfy, seed=60, **{"XDiTUNETLoader.fallback": True}))
-    assert "does not have fallback yet; choose" in outcome.error["exception_message"]
+    outcome = comfy.run(flux(comfy, seed=60, **{"XDiTUNETLoader.allow_approximate": True}))
+    assert "does not have an approximate plan" in outcome.error["exception_message"]
     assert any(text.startswith("❌") for text in outcome.texts), outcome.texts
 
 

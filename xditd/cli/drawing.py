@@ -72,6 +72,7 @@ class Drawn:
         steps: that were run.
         seconds: that the loop took.
         lora: what each LoRA changed of the model.
+        degraded: why `plan` is less than was asked for; "" where it is not.
     """
 
     latent: torch.Tensor
@@ -80,6 +81,7 @@ class Drawn:
     steps: int
     seconds: float
     lora: tuple[LoraMatch, ...] = ()
+    degraded: str = ""
 
 
 def draw(client: Client, wish: Wish, console: Console) -> Drawn:
@@ -132,7 +134,7 @@ def draw(client: Client, wish: Wish, console: Console) -> Drawn:
             raise
         latent = latent / habit.scale + habit.shift
         group, plan = run.group, run.plan
-    return Drawn(latent, group, plan, len(schedule) - 1, seconds, run.lora)
+    return Drawn(latent, group, plan, len(schedule) - 1, seconds, run.lora, run.degraded)
 
 
 def decode(client: Client, vae: ModelRef, latent: torch.Tensor, console: Console) -> torch.Tensor:

@@ -15,7 +15,7 @@ from xditd.protocol.messages import Happened
 
 _GOOD = {"serving", "group_ready"}
 _BAD = {"group_failed"}
-_WORRYING = {"draining", "stopping"}
+_WORRYING = {"draining", "stopping", "run_degraded", "load_degraded"}
 
 
 @click.command()

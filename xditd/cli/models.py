@@ -31,6 +31,11 @@ def plan_options(command: F) -> F:
     """--strategy, the degrees, --devices: what is left out is the planner's choice."""
     for decorate in (
         click.option(
+            "--fallback",
+            type=click.Choice(("auto", "never")),
+            help="Of a plan that cannot be had: with fewer devices, or not at all; default: as the daemon is configured.",
+        ),
+        click.option(
             "--devices",
             default="",
             metavar="0,1",
@@ -65,7 +70,13 @@ def plan_options(command: F) -> F:
 
 
 def plan_of(
-    strategy: str, ulysses: int, ring: int, tensor: int, devices: str, replicas: int = 0
+    strategy: str,
+    ulysses: int,
+    ring: int,
+    tensor: int,
+    devices: str,
+    fallback: str | None = None,
+    replicas: int = 0,
 ) -> PlanRequest:
     return PlanRequest(
         strategy=strategy,
@@ -74,6 +85,7 @@ def plan_of(
         tensor=tensor,
         devices=_names(devices),
         replicas=replicas,
+        fallback=fallback or "",
     )
 
 
@@ -158,6 +170,7 @@ def load(
     ring: int,
     tensor: int,
     devices: str,
+    fallback: str | None,
     replicas: int,
     dtype: str | None,
     timeout: float | None,
@@ -173,7 +186,7 @@ def load(
       xditctl load diffusion_models/sd3.5_large.safetensors --strategy CFG --devices 0-3
     """
     model = msgspec.structs.replace(model, dtype=dtype or "")
-    plan = plan_of(strategy, ulysses, ring, tensor, devices, replicas if replicas > 1 else 0)
+    plan = plan_of(strategy, ulysses, ring, tensor, devices, fallback, replicas if replicas > 1 else 0)
     with connect(endpoint, shared_memory=False) as client, PhaseBar(stderr(), words.model(model)) as bar:
         answer = client.load(model, plan, on_event=bar.on_event, timeout=timeout)
     if as_json:
@@ -185,6 +198,8 @@ def load(
     console.print(f"{words.OK} {words.model(model)} {how}: group {answer.group}, {where}", markup=False)
     if len(answer.groups) > 1:
         console.print(f"   {len(answer.groups)} replicas: groups {words.joined(answer.groups)}", markup=False)
+    if answer.degraded:
+        console.print(f"{words.WARNING} degraded: {answer.degraded}", style="yellow", markup=False)
     for warning in answer.warnings:
         console.print(f"{words.WARNING} {warning}", style="yellow", markup=False)
     if answer.plan.reason:

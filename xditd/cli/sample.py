@@ -157,6 +157,7 @@ def sample(
     ring: int,
     tensor: int,
     devices: str,
+    fallback: str | None,
     dtype: str | None,
     endpoint: str | None,
     **wished: Any,
@@ -176,7 +177,7 @@ def sample(
         raise click.UsageError("Give --vae for a picture, or --save-latent for the latent alone.")
     wish = Wish(
         model=msgspec.structs.replace(model, dtype=dtype or ""),
-        plan=plan_of(strategy, ulysses, ring, tensor, devices),
+        plan=plan_of(strategy, ulysses, ring, tensor, devices, fallback),
         conditioning=conditioning,
         **wished,
     )
@@ -189,6 +190,8 @@ def sample(
             f"on {', '.join(drawn.plan.devices)}",
             markup=False,
         )
+        if drawn.degraded:
+            console.print(f"{words.WARNING} degraded: {drawn.degraded}", style="yellow", markup=False)
         for match in drawn.lora:
             console.print(f"   {words.lora(match)}", markup=False)
         if save_latent is not None:

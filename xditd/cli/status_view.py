@@ -45,6 +45,8 @@ def runs_view(runs: Iterable[RunStatus]) -> RenderableType:
     for run in runs:
         state = f"{run.state} ({run.position}.)" if run.position else run.state
         label = Text(run.label)
+        if run.degraded:
+            label.append(f" {words.WARNING} degraded: {run.degraded}", style="yellow")
         if run.rebinds:
             label.append(f" {words.WARNING} moved {words.plural(run.rebinds, 'time')}", style="yellow")
         table.add_row(
@@ -93,6 +95,8 @@ def _group_body(group: GroupStatus) -> RenderableType:
     parts: list[RenderableType] = [Text.assemble((plan, "bold"), (f" · {' · '.join(life)}", "dim"))]
     if group.plan.reason:
         parts.append(Text(group.plan.reason, style="dim"))
+    if group.degraded:
+        parts.append(Text(f"{words.WARNING} degraded: {group.degraded}", style="yellow"))
     if group.problem:
         parts.append(Text(f"{words.FAILED} {group.problem}", style="red"))
     if group.ranks:

@@ -37,9 +37,8 @@ class Run:
     memory. `interrupt` is called every 20 ms while waiting; what it raises cancels the run and is passed on.
 
     Attributes:
-        id: its number in this life of the daemon.
-        group: the group that it is bound to; another one after a `Rebound`.
-        plan: how that group runs the model.
+        id: its number in this life of the daemon; group: that it is bound to; another one after a `Rebound`.
+        plan: how that group runs the model; degraded: why that is less than was asked for, "" where it is not.
         model: what the daemon found the file to be.
         lora: what each of its LoRAs changes of the model.
     """
@@ -58,7 +57,7 @@ class Run:
         """
         self.id = opened.run
         self.group = opened.group
-        self.plan = opened.plan
+        self.plan, self.degraded = opened.plan, opened.degraded
         self.model = opened.model
         self.lora = opened.lora
         self._connection = connection
@@ -417,7 +416,8 @@ class Run:
 
     def _hear(self, event: Any, frames: list[Any]) -> None:
         if isinstance(event, m.Rebound):
-            self.group = event.group
+            self.group, self.plan = event.group, event.plan or self.plan
+            self.degraded = event.degraded or self.degraded
         if self._on_event is not None:
             self._on_event(event)
 

@@ -163,6 +163,8 @@ class Compute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     compile: bool = False  # torch.compile of the repeated blocks
     dtype: Dtype = ""  # "" is the file's own on a GPU, float32 on a CPU
+    # a plan that cannot be had: fewer devices do it, and everybody is told ("auto"), or it fails
+    fallback: Literal["auto", "never"] = "auto"
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -17,10 +17,12 @@ from typing import Any
 
 from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon import states
+from xditd.daemon.descent import Descent
+from xditd.daemon.fallback import Ladder
 from xditd.daemon.fleet import LOST, Deadlines, Fleet
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.jobs import Jobs
-from xditd.daemon.placing import Placing
+from xditd.daemon.placing import Placing, opened, rebound
 from xditd.daemon.ports import ClientPort, RankPort
 from xditd.daemon.residency import Residency
 from xditd.daemon.roster import Roster
@@ -66,10 +68,12 @@ class Dispatcher:
         self.ended = ended
         self.noticed: Callable[[Group], None] = lambda group: None  # called when a group's state has changed
         self.gone: Callable[[Group, float], None] = lambda group, now: None
+        self.lowered: Callable[[m.ModelRef, str, Run | None], None] = lambda ref, why, run: None
         self.asleep: Callable[[], None] = lambda: None  # called when a group has gone to sleep
         self.fleet = Fleet(clients, ranks, deadlines, restarts, residency, self)
         self.turns = Turns()
         self.runs = Roster()
+        self.descent = Descent(self.fleet, self.runs)
         self.jobs = Jobs(clients, ranks, self.runs, self.fleet.groups, self.turns)
         self.draining = False
         self._ids = count(1)
@@ -88,11 +92,13 @@ class Dispatcher:
         keys: tuple[Key, ...],
         now: float,
         loras: Sequence[FoundLora] = (),
+        ladder: Ladder | None = None,
     ) -> Run:
         """Queues a run. `RunOpened` follows when a group is ready for it.
 
         Args:
             keys: of the replicas, any of which may take it.
+            ladder: what it may be done with where they cannot be had.
             loras: that it asks for, found to fit the model.
 
         Raises:
@@ -101,25 +107,8 @@ class Dispatcher:
         self.refuse_if_draining()
         if len(self.runs.queued) >= self.queue:
             raise XditError(Code.QUEUE_FULL, f"{self.queue} runs are waiting already; try again later.")
-        self.fleet.want(keys, request.model, found, now)
-        run = Run(
-            id=next(self._ids),
-            peer=peer,
-            client=client,
-            ref=request.model,
-            found=found,
-            keys=keys,
-            opened=now,
-            reopen=request.id,
-            label=request.label,
-            priority=request.priority,
-            scheduling=request.plan.scheduling,
-            loras=tuple(
-                o.Merge(path=each.path, strength=each.match.strength) for each in loras if each.match.strength
-            ),
-            lora=tuple(each.match for each in loras),
-            touched=now,
-        )
+        run = Run.asked_for(request, next(self._ids), peer, client, found, keys, now, loras, ladder)
+        self.descent.seat(run, now)
         self.runs.add(run)
         self.settle(now)
         if run.state == "queued":
@@ -145,6 +134,8 @@ class Dispatcher:
             XditError: `run_busy` if one is under way.
         """
         self.jobs.ask(run, work, frames, now)
+        if run.untold and run.group:
+            self._tell_rebound(run, work.id)
 
     def stop(self, run: Run, message: str, now: float) -> None:
         """Ends a run: now, or with the turn that it is in. `ended` tells when."""
@@ -237,7 +228,8 @@ class Dispatcher:
     def rank_failed(self, group: Group, report: o.RankFailed, now: float) -> None:
         """A rank raised. If it serves on, only the request failed; else the group has."""
         if not report.alive or report.order is None:
-            self.fleet.fail(group, report.code, f"Rank {report.rank}: {report.message}", now)
+            problem = f"Rank {report.rank}: {report.message}"
+            self.fleet.fail(group, report.code, problem, now, group.ranks[report.rank].device)
             return
         run = self.jobs.turn_over(group, report.order, now)
         if run is not None and run.asked is not None and not self._left(run, now):
@@ -304,6 +296,8 @@ class Dispatcher:
             if self._left(run, now):
                 continue
             if run is victim and run.asked is not None and not lost:
+                if self._lower(run, group, group.code, group.problem, now):
+                    continue
                 self.jobs.refuse(run, run.asked, group.code, group.problem, now)
             self._take_back(run, group, lost, now)
 
@@ -318,7 +312,13 @@ class Dispatcher:
 
     def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
         for run in self._hopeless(group):
-            self._end(run, code, message, now)
+            problem = self.descent.below(run, "start", code, message, now, group.culprit)
+            if problem is not None:
+                self._end(run, problem.code, problem.message, now)
+
+    def degraded(self, ref: m.ModelRef, ladder: Ladder, run: Run | None) -> None:
+        self._changed = True
+        self.lowered(ref, ladder.degraded, run)
 
     def settle(self, now: float) -> None:
         """Starts what has room, binds runs for which there is a place, gives turns."""
@@ -364,16 +364,10 @@ class Dispatcher:
         first = not run.announced
         if first:
             run.announced = True
-            info, plan = run.found.info, group.key.plan
-            opened = m.RunOpened(
-                re=run.reopen, run=run.id, group=group.name, plan=plan, model=info, lora=run.lora
-            )
-            self.clients.answer(run.peer, opened)
+            self.clients.answer(run.peer, opened(run, group))
         if run.asked is not None:
             if not first:
-                why = f"its group died; {group.name} goes on with it"
-                event = m.Rebound(re=run.asked.work.id, run=run.id, group=group.name, reason=why)
-                self.clients.answer(run.peer, event)
+                self._tell_rebound(run, run.asked.work.id)
             self.jobs.begin_anew(run)
 
     def _take_back(self, run: Run, group: Group, lost: bool, now: float) -> None:
@@ -382,10 +376,24 @@ class Dispatcher:
             run.rebinds += 1
             run.asked.rebinds += 1
         if run.asked is not None and run.asked.rebinds > MAX_REBINDS:
+            if self._lower(run, group, Code.RANK_LOST, group.problem, now):
+                return
             message = f"Run {run.id} lost its group {run.asked.rebinds} times over one request; the last: {group.problem}."
             self._end(run, Code.RANK_LOST, message, now)
             return
         self.runs.take_back(run)
+
+    def _lower(self, run: Run, group: Group, code: Code | str, problem: str, now: float) -> bool:
+        """A turn of the run, on this group, failed for good: whether it goes on with less."""
+        assert run.asked is not None
+        if not run.ladder.leads_down("turn", spell(code)):
+            return False
+        run.asked.rebinds = 0
+        self.runs.take_back(run)
+        lacking = self.descent.below(run, "turn", code, problem, now, group.culprit)
+        if lacking is not None:
+            self._end(run, lacking.code, lacking.message, now)
+        return True
 
     def _left(self, run: Run, now: float) -> bool:
         """A turn is over: whether its run was to end with it, and so has."""
@@ -423,6 +431,12 @@ class Dispatcher:
             self.settle(now)
 
     # ----------------------------------------------------------------------------------- telling, inside
+
+    def _tell_rebound(self, run: Run, request: int) -> None:
+        """The run has another group than it had, under a lower plan if `untold`."""
+        event = rebound(run, self.fleet.groups[run.group], request)
+        run.untold = False
+        self.clients.answer(run.peer, event)
 
     def _pass_conditioning(self, run: Run, message: m.PutConditioning, frames: Sequence[Any]) -> None:
         order = o.SetConditioning(run=run.id, key=message.key, tensors=message.tensors, values=message.values)

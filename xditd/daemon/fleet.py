@@ -8,15 +8,15 @@ it listens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Protocol
 
 from xditd.catalog.catalog import Found
 from xditd.daemon import states
+from xditd.daemon.fallback import Ladder, Lately
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.loads import Load, Loads
-from xditd.daemon.ports import ClientPort, RankPort
+from xditd.daemon.ports import ClientPort, Listener, RankPort
 from xditd.daemon.residency import Residency
 from xditd.daemon.runs import Key
 from xditd.daemon.work import spell
@@ -43,43 +43,6 @@ class Deadlines:
     queued: float = 86400.0
 
 
-class Listener(Protocol):
-    """Who must know what becomes of groups."""
-
-    def wanted(self, group: Group) -> bool:
-        """Whether a run counts on such a group: it waits for it, or is bound to it or to another replica."""
-
-    def depends(self, group: Group) -> bool:
-        """Whether a run waits for it that could go to no other."""
-
-    def uses(self, group: Group) -> bool:
-        """Whether a run is bound to it, or waits for such a group."""
-
-    def holds(self, group: Group) -> bool:
-        """Whether a run is bound to it."""
-
-    def group_starting(self, group: Group, now: float) -> None:
-        """Its slowest rank has come to another phase."""
-
-    def group_ready(self, group: Group, now: float) -> None:
-        """It serves from now on."""
-
-    def group_asleep(self, group: Group, now: float) -> None:
-        """Its ranks have given their devices' memory back."""
-
-    def group_failed(self, group: Group, now: float) -> None:
-        """It was killed; `group.code` and `group.problem` say why."""
-
-    def group_gone(self, group: Group, now: float) -> None:
-        """Its last rank has ended."""
-
-    def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
-        """No other generation will follow."""
-
-    def settle(self, now: float) -> None:
-        """Something has changed: who waits for room or a place may have it now."""
-
-
 class Fleet:
     """The groups of a daemon, by name."""
 
@@ -100,13 +63,16 @@ class Fleet:
         self.listener = listener
         self.groups: dict[str, Group] = {}
         self.held: frozenset[str] = frozenset()  # groups that take no further run: their memory is needed
-        self.loads = Loads(clients)
+        self.lately = Lately(restarts.window)
+        self.loads = Loads(clients, self._lower)
         self.closed = False  # nothing starts any more
         self._names = count(1)
 
     # ---------------------------------------------------------------------------------------- on request
 
-    def want(self, keys: tuple[Key, ...], ref: m.ModelRef, found: Found, now: float) -> None:
+    def want(
+        self, keys: tuple[Key, ...], ref: m.ModelRef, found: Found, now: float, degraded: str = ""
+    ) -> None:
         """Has one replica at least come to serve, and the others where that drives nobody out.
 
         Raises:
@@ -117,7 +83,7 @@ class Fleet:
         there = any(group.key in keys and group.state != "gone" for group in self.groups.values())
         for key in keys:
             try:
-                self._get(key, ref, found, now, spare=there)
+                self._get(key, ref, found, now, spare=there, degraded=degraded)
                 there = True
             except XditError as error:
                 problem = problem or error
@@ -132,15 +98,11 @@ class Fleet:
         keys: tuple[Key, ...],
         now: float,
         loras: tuple[m.LoraMatch, ...] = (),
+        ladder: Ladder | None = None,
     ) -> None:
         """Has every replica ready; `Loaded` follows. An explicit load forgives earlier failures."""
-        load = Load(peer, request.id, now, keys, loras)
-        for key in keys:
-            self.restarts.forgive(key)
-            try:
-                self._get(key, request.model, found, now)
-            except XditError as error:
-                load.problems[key] = spell(error.code), error.message
+        load = Load(peer, request.id, request.model, found, now, keys, ladder or Ladder(), loras)
+        self._ask_for(load, now)
         self.loads.add(load, self.groups.values(), now)
         self.listener.settle(now)
         self.loads.tell(load, self.groups.values())
@@ -208,7 +170,7 @@ class Fleet:
                     del self.groups[group.name]
                     continue
                 if verdict.never:
-                    self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now)
+                    self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now, verdict.where)
                     continue
                 held |= {one.name for one in verdict.hold}
                 for one in verdict.sleep:
@@ -272,19 +234,25 @@ class Fleet:
         """A rank process has ended. Unless it was told to, the group fails."""
         group.ranks[rank].phase = "gone"
         if group.alive:
-            self.fail(group, Code.RANK_LOST, f"Rank {rank} (pid {group.ranks[rank].pid}) {how}", now)
+            self.fail(
+                group,
+                Code.RANK_LOST,
+                f"Rank {rank} (pid {group.ranks[rank].pid}) {how}",
+                now,
+                group.ranks[rank].device,
+            )
         if group.all_gone and group.state in ("leaving", "failed"):
             group.go("ranks_gone")
             self._gone(group, now)
         self.listener.settle(now)
 
-    def fail(self, group: Group, code: Code | str, problem: str, now: float) -> None:
-        """Kills the group. A load that raised, or took too long, would again: it is given up at once."""
+    def fail(self, group: Group, code: Code | str, problem: str, now: float, culprit: str = "") -> None:
+        """Kills the group, for what happened on the device `culprit`, if it is known. A load that raised, or took too long, would again: it is given up at once."""
         if not group.alive:
             return
         before = group.state
         group.go("fail")
-        group.code, group.problem, group.left_at = spell(code), problem, now
+        group.code, group.problem, group.left_at, group.culprit = spell(code), problem, now, culprit
         if before == "waiting":  # it never had a process: nothing failed that could be tried again
             del self.groups[group.name]
             self._give_up(group, code, now)
@@ -342,6 +310,7 @@ class Fleet:
     def _ready(self, group: Group, now: float) -> None:
         group.go("ranks_ready")
         group.asked, group.used = None, now
+        self.lately.forgive(group.key)
         self.loads.group_ready(self.groups.values(), now)
         self.listener.group_ready(group, now)
         self.listener.settle(now)
@@ -358,7 +327,38 @@ class Fleet:
         present = [group for group in self.groups.values() if group.key == key]
         return min(present, key=lambda group: _NEAREST.index(group.state), default=None)
 
-    def _get(self, key: Key, ref: m.ModelRef, found: Found, now: float, *, spare: bool = False) -> Group:
+    def _ask_for(self, load: Load, now: float) -> None:
+        """Has what a load asks for come, or writes down why it cannot."""
+        for key in load.keys:
+            self.restarts.forgive(key)
+            self.lately.forgive(key)
+            try:
+                self._get(key, load.ref, load.found, now, degraded=load.ladder.degraded)
+            except XditError as error:
+                load.problems[key] = spell(error.code), error.message
+
+    def _lower(self, load: Load, now: float) -> Sequence[Group] | None:
+        """A load can have none of its replicas: it goes on with less, where there is less."""
+        code, message = next(iter(load.problems.values()))
+        lower = load.ladder.down("start", code, message, load.culprit)
+        if lower is None:
+            return None
+        plan, load.ladder = lower
+        load.keys, load.problems, load.culprit = (replace(load.keys[0], plan=plan),), {}, ""
+        self._ask_for(load, now)
+        self.listener.degraded(load.ref, load.ladder, None)
+        return list(self.groups.values())
+
+    def _get(
+        self,
+        key: Key,
+        ref: m.ModelRef,
+        found: Found,
+        now: float,
+        *,
+        spare: bool = False,
+        degraded: str = "",
+    ) -> Group:
         """The group for a key: one that serves, one that will, or a new one.
 
         Raises:
@@ -377,7 +377,9 @@ class Fleet:
         too_large = self.residency.too_large(found, key)
         if too_large:
             raise XditError(Code.OUT_OF_MEMORY, f"{too_large}.")
-        group = Group(f"g{next(self._names)}", 1, ref, found, key, started=now, used=now, spare=spare)
+        group = Group(
+            f"g{next(self._names)}", 1, ref, found, key, started=now, used=now, spare=spare, degraded=degraded
+        )
         self.groups[group.name] = group  # it waits for room; `admit` starts it
         return group
 
@@ -417,11 +419,19 @@ class Fleet:
         else:
             del self.groups[group.name]  # behind those that wait for room already
             self.groups[group.name] = Group(
-                group.name, group.generation + 1, group.ref, group.found, group.key, started=now, used=now
+                group.name,
+                group.generation + 1,
+                group.ref,
+                group.found,
+                group.key,
+                started=now,
+                used=now,
+                degraded=group.degraded,
             )
 
     def _give_up(self, group: Group, code: Code | str, now: float) -> None:
         group.given_up = True
         message = f"{group.ref.name} could not be served. {group.problem}".rstrip(".") + "."
-        self.loads.given_up(group.key, code, message, self.groups.values(), now)
+        self.lately.failed(group.key, spell(code), message, group.culprit, now)
+        self.loads.given_up(group, code, message, self.groups.values(), now)
         self.listener.given_up(group, code, message, now)

@@ -57,6 +57,8 @@ class Group:
     turn_since: float = 0.0  # monotonic seconds
     problem: str = ""
     code: str = ""
+    culprit: str = ""  # the device on which it failed, where that is known
+    degraded: str = ""  # the plan that it stands in for, and why
     given_up: bool = False  # who waited for it was told that it does not come
     spare: bool = False  # a further replica: it starts only where that drives nobody out
     left_at: float | None = None  # monotonic seconds when it was told to leave, or was killed
@@ -138,6 +140,7 @@ class Group:
             turns=self.turns,
             seconds=self.ready_after,
             problem=self.problem,
+            degraded=self.degraded,
         )
 
 

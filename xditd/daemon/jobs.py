@@ -82,7 +82,7 @@ class Jobs:
         if finished:
             run.asked = None
             run.go("answer")
-            self.clients.answer(run.peer, *answer(asked, report, frames))
+            self.clients.answer(run.peer, *answer(asked, report, frames, run.ladder.degraded))
         else:
             self._ask_turn(run)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from xditd.catalog.catalog import Found
+from xditd.daemon.fallback import Ladder
 from xditd.daemon.groups import Group
 from xditd.daemon.ports import ClientPort
 from xditd.daemon.runs import Key
@@ -19,17 +21,31 @@ class Load:
 
     peer: bytes
     request: int
+    ref: m.ModelRef
+    found: Found
     since: float  # monotonic seconds
     keys: tuple[Key, ...]
+    ladder: Ladder = field(default_factory=Ladder)  # what there may be instead
     lora: tuple[m.LoraMatch, ...] = ()
     problems: dict[Key, tuple[str, str]] = field(default_factory=dict)
+    culprit: str = ""  # the device on which the last of them failed
 
 
 class Loads:
     """The loads that are not answered."""
 
-    def __init__(self, clients: ClientPort) -> None:
+    def __init__(
+        self,
+        clients: ClientPort,
+        lower: Callable[[Load, float], Iterable[Group] | None] = lambda load, now: None,
+    ) -> None:
+        """
+        Args:
+            lower: has a load that can have none of its replicas go on with less; returns the groups there are then,
+                None where there is nothing less.
+        """
         self.clients = clients
+        self.lower = lower
         self.waiting: list[Load] = []
 
     def wants(self, key: Key) -> bool:
@@ -61,11 +77,14 @@ class Loads:
         for load in list(self.waiting):
             self._answer(load, there, now, warm=False)
 
-    def given_up(self, key: Key, code: Code | str, message: str, groups: Iterable[Group], now: float) -> None:
+    def given_up(
+        self, group: Group, code: Code | str, message: str, groups: Iterable[Group], now: float
+    ) -> None:
         there = list(groups)
         for load in list(self.waiting):
-            if key in load.keys:
-                load.problems[key] = spell(code), message
+            if group.key in load.keys:
+                load.problems[group.key] = spell(code), message
+                load.culprit = group.culprit
                 self._answer(load, there, now, warm=False)
 
     def forget_peer(self, peer: bytes) -> None:
@@ -76,6 +95,9 @@ class Loads:
         """Answers if every replica is ready or given up. With one at least, the model serves."""
         ready = [g for key in load.keys for g in groups if g.key == key and g.state == "ready"]
         if len(ready) + len(load.problems) < len(load.keys):
+            return
+        if not ready and (lower := self.lower(load, now)) is not None:
+            self._answer(load, list(lower), now, warm=False)
             return
         self.waiting.remove(load)
         if not ready:
@@ -98,5 +120,6 @@ class Loads:
             groups=tuple(group.name for group in ready),
             warnings=warnings,
             lora=load.lora,
+            degraded=load.ladder.degraded,
         )
         self.clients.answer(load.peer, loaded)

@@ -128,3 +128,25 @@ def _with_its_loras(run: Run, groups: Sequence[Group], roster: Roster) -> list[G
     if any(not roster.count_on(group) for group in holding):
         return holding
     return [group for group in groups if group.loras == run.loras or not roster.count_on(group)]
+
+
+def opened(run: Run, group: Group) -> m.RunOpened:
+    """The run has its first place."""
+    return m.RunOpened(
+        re=run.reopen,
+        run=run.id,
+        group=group.name,
+        plan=group.key.plan,
+        model=run.found.info,
+        lora=run.lora,
+        degraded=run.ladder.degraded,
+    )
+
+
+def rebound(run: Run, group: Group, request: int) -> m.Rebound:
+    """The run has another place than it had, under a lower plan where its client has not heard of that."""
+    why = run.ladder.degraded
+    reason = f"{why if run.untold else 'its group died'}; {group.name} goes on with it"
+    return m.Rebound(
+        re=request, run=run.id, group=group.name, reason=reason, plan=group.key.plan, degraded=why
+    )

@@ -24,6 +24,9 @@ STRATEGIES = ("auto", "usp", "hybrid", "cfg", "tensor", "pipefusion")
 FILLING = ("tensor", "pipefusion")
 """Strategies whose own degree takes the devices that no other degree speaks for."""
 
+FALLBACKS = ("auto", "never")
+"""What a request may say of a plan that cannot be had: with less, or not at all."""
+
 GUIDED = 2
 """Calls of a step with classifier-free guidance: the degree of the strategy cfg, unless another is named."""
 
@@ -56,6 +59,49 @@ def replicas(request: PlanRequest, info: ModelInfo, owned: list[str]) -> tuple[P
         plan(structs.replace(request, devices=devices[first : first + size]), info, owned)
         for first in range(0, len(devices), size)
     )
+
+
+SHRINKING = ("ring", "ulysses", "pipefusion", "tensor", "cfg")
+"""The degrees in the order in which a fallback gives them up: first those whose loss costs nothing but time."""
+
+
+def rungs(plan: Plan, info: ModelInfo) -> tuple[Plan, ...]:
+    """The plans below one, nearest first: its degrees halved one after the other, down to one device.
+
+    Those that the model's family would refuse are left out.
+    """
+    found: list[Plan] = []
+    shares = {name: getattr(plan, name) for name in SHRINKING}
+    for name in SHRINKING:
+        while shares[name] > 1:
+            shares[name] = shares[name] // 2 if shares[name] % 2 == 0 else 1
+            count = math.prod(shares.values())
+            kept = {name: degree for name, degree in shares.items() if degree > 1}
+            reason = _reason(PlanRequest(), kept, info, count)
+            rung = Plan(devices=plan.devices[:count], **shares, reason=reason)
+            try:
+                family(info.family).check_plan(info, rung)
+            except XditError:
+                continue
+            found.append(rung)
+    return tuple(found)
+
+
+def fallback(request: PlanRequest, configured: str) -> bool:
+    """Whether less may be had where the plan cannot.
+
+    Args:
+        configured: what counts where the request does not say.
+
+    Raises:
+        XditError: `bad_plan` for a word that there is not.
+    """
+    word = request.fallback or configured
+    if word not in FALLBACKS:
+        raise XditError(
+            Code.BAD_PLAN, f"There is no fallback {request.fallback!r}; choose {' or '.join(FALLBACKS)}."
+        )
+    return word != "never"
 
 
 def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:

@@ -1,4 +1,6 @@
-"""What the daemon's core may ask of the world. `clients.Clients` and `ranks.Ranks` answer it; tests do too."""
+"""What the daemon's core may ask of the world. `clients.Clients` and `ranks.Ranks` answer it; tests do too.
+
+And what the fleet tells the dispatcher."""
 
 from __future__ import annotations
 
@@ -8,7 +10,11 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from xditd.daemon.fallback import Ladder
 from xditd.daemon.groups import Group
+from xditd.daemon.runs import Run
+from xditd.protocol.errors import Code
+from xditd.protocol.plans import ModelRef
 
 HOST = "host"
 """The pool of memory that is the machine's own, whichever devices it has."""
@@ -49,3 +55,43 @@ class RankPort(Protocol):
 
     def kill(self, group: Group) -> None:
         """Kills what is left of the group's rank processes."""
+
+
+class Listener(Protocol):
+    """Who must know what becomes of groups."""
+
+    def wanted(self, group: Group) -> bool:
+        """Whether a run counts on such a group: it waits for it, or is bound to it or to another replica."""
+
+    def depends(self, group: Group) -> bool:
+        """Whether a run waits for it that could go to no other."""
+
+    def uses(self, group: Group) -> bool:
+        """Whether a run is bound to it, or waits for such a group."""
+
+    def holds(self, group: Group) -> bool:
+        """Whether a run is bound to it."""
+
+    def group_starting(self, group: Group, now: float) -> None:
+        """Its slowest rank has come to another phase."""
+
+    def group_ready(self, group: Group, now: float) -> None:
+        """It serves from now on."""
+
+    def group_asleep(self, group: Group, now: float) -> None:
+        """Its ranks have given their devices' memory back."""
+
+    def group_failed(self, group: Group, now: float) -> None:
+        """It was killed; `group.code` and `group.problem` say why."""
+
+    def group_gone(self, group: Group, now: float) -> None:
+        """Its last rank has ended."""
+
+    def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
+        """No other generation will follow."""
+
+    def degraded(self, ref: ModelRef, ladder: Ladder, run: Run | None) -> None:
+        """A run, or a load, goes on with less than was asked for."""
+
+    def settle(self, now: float) -> None:
+        """Something has changed: who waits for room or a place may have it now."""

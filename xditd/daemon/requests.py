@@ -21,6 +21,7 @@ from xditd.catalog.roots import ALIASES
 from xditd.daemon import dtypes, planner
 from xditd.daemon.devices import Device, Memories
 from xditd.daemon.dispatcher import Dispatcher
+from xditd.daemon.fallback import Ladder
 from xditd.daemon.groups import Group
 from xditd.daemon.ports import ClientPort
 from xditd.daemon.runs import Key, Run, Work
@@ -70,6 +71,7 @@ class Requests:
         memories: Memories,
         *,
         dtype: str = "",
+        fallback: str = "auto",
         runs_per_client: int = 16,
         frame_bytes_per_client: int = 4 << 30,
         sight: Sight,
@@ -79,6 +81,7 @@ class Requests:
         Args:
             sight: is told of runs as they open and end.
             dtype: compute dtype where a request names none; "" leaves it to `dtypes.choose`.
+            fallback: "auto" or "never", where a request does not say.
             frame_bytes_per_client: that the daemon keeps for the runs of a client without shared memory.
             stop: ends the daemon, after a Drain that asks for it.
         """
@@ -88,6 +91,7 @@ class Requests:
         self.devices = {device.name: device for device in devices}
         self.memories = memories
         self.dtype = dtype
+        self.fallback = fallback
         self.runs_per_client = runs_per_client
         self.frame_bytes_per_client = frame_bytes_per_client
         self.sight = sight
@@ -179,13 +183,15 @@ class Requests:
         answer = m.ModelList(re=message.id, models=tuple(models), skipped=tuple(skipped), roots=folders)
         self.clients.answer(session.peer, _fit(answer))
 
-    async def _find(self, ref: m.ModelRef, request: m.PlanRequest) -> tuple[Found, tuple[Key, ...]]:
-        """The file, and what each of its replicas is."""
+    async def _find(self, ref: m.ModelRef, request: m.PlanRequest) -> tuple[Found, tuple[Key, ...], Ladder]:
+        """The file, what each of its replicas is, and what there may be instead of them."""
         found: Found = await asyncio.to_thread(self.catalog.find, ref)
         plans = planner.replicas(request, found.info, list(self.devices))
         is_cuda = self.devices[plans[0].devices[0]].is_cuda
         dtype = dtypes.choose(found.info, asked=ref.dtype, configured=self.dtype, is_cuda=is_cuda)
-        return found, tuple(Key(found.path, found.info.part, dtype, plan) for plan in plans)
+        less = planner.rungs(plans[0], found.info) if planner.fallback(request, self.fallback) else ()
+        keys = tuple(Key(found.path, found.info.part, dtype, plan) for plan in plans)
+        return found, keys, Ladder.of(plans, less)
 
     async def _find_loras(self, refs: Sequence[LoraRef], found: Found) -> list[FoundLora]:
         """The LoRAs' files, each found to fit the model.
@@ -199,7 +205,7 @@ class Requests:
         if isinstance(message, m.Load):
             await self._load(session.peer, message)
             return
-        found, keys = await self._find(message.model, message.plan)
+        found, keys, ladder = await self._find(message.model, message.plan)
         loras = await self._find_loras(message.lora, found)
         if not session.alive:
             return
@@ -209,16 +215,18 @@ class Requests:
                 Code.QUEUE_FULL,
                 f"This connection has {open_runs} open runs, which is the limit; close one first.",
             )
-        run = self.dispatcher.open(session.peer, session.name, message, found, keys, time.monotonic(), loras)
+        run = self.dispatcher.open(
+            session.peer, session.name, message, found, keys, time.monotonic(), loras, ladder
+        )
         self.sight.run_opened(run)
         with_them = "".join(f" {_told(match)}" for match in run.lora)
         log.info("Opened by %s: %s.%s", session.name, message.model.name, with_them, extra={"run": run.id})
 
     async def _load(self, peer: bytes, message: m.Load) -> None:
         self.dispatcher.refuse_if_draining()
-        found, keys = await self._find(message.model, message.plan)
+        found, keys, ladder = await self._find(message.model, message.plan)
         loras = tuple(each.match for each in await self._find_loras(message.lora, found))
-        self.dispatcher.fleet.load(peer, message, found, keys, time.monotonic(), loras)
+        self.dispatcher.fleet.load(peer, message, found, keys, time.monotonic(), loras, ladder)
 
     def _unload(self, session: Session, message: m.Unload, now: float) -> None:
         groups = self._meant(message)

@@ -63,6 +63,7 @@ class Verdict:
     sleep: tuple[Group, ...] = ()
     hold: tuple[Group, ...] = ()
     never: str = ""
+    where: str = ""  # the device on which it can not
 
 
 class Residency:
@@ -133,7 +134,8 @@ class Residency:
             if lacking > 0 and not busy and not evict and not leaving and now - since > SETTLE:
                 return Verdict(
                     never=f"{group.found.info.name} needs {_gib(needed)} on {where}, {_gib(lacking)} more than is "
-                    f"free; another program holds the rest"
+                    f"free; another program holds the rest",
+                    where=where,
                 )
             self._take(lacking, busy, where, hold, now)
             coming = coming or lacking > 0

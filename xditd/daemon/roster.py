@@ -86,6 +86,12 @@ class Roster(Mapping[int, Run]):
         run.group = ""
         self.line.add(run)
 
+    def move(self, run: Run, keys: tuple[Key, ...]) -> None:
+        """A run that waits waits for other groups from now on."""
+        self.line.drop(run)
+        run.keys = keys
+        self.line.add(run)
+
     def end(self, run: Run) -> None:
         """A run is over. It keeps the name of its group, for those who tell of its end."""
         run.go("end")

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xditd.catalog.catalog import Found
+from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon import states
+from xditd.daemon.fallback import Ladder
 from xditd.protocol.messages import (
     Decode,
     Denoise,
@@ -19,6 +20,7 @@ from xditd.protocol.messages import (
     EncodeText,
     LoraMatch,
     ModelRef,
+    OpenRun,
     Plan,
     PutConditioning,
     RunStatus,
@@ -94,7 +96,42 @@ class Run:
     problem: str = ""  # why it ended
     placed: float = 0.0  # monotonic seconds of the last binding
     effort: float = 1.0  # of one of its turns (`work.effort`), once it has asked for one
+    ladder: Ladder = field(default_factory=Ladder)  # what it may be done with instead
+    untold: bool = False  # it stands on a lower rung, and its client has not heard of it
     told: tuple[int, str, int] | None = None  # position, phase and bytes that its client heard last
+
+    @classmethod
+    def asked_for(
+        cls,
+        request: OpenRun,
+        number: int,
+        peer: bytes,
+        client: str,
+        found: Found,
+        keys: tuple[Key, ...],
+        now: float,
+        loras: Sequence[FoundLora] = (),
+        ladder: Ladder | None = None,
+    ) -> Run:
+        """A run as the request has it."""
+        merged = (Merge(path=one.path, strength=one.match.strength) for one in loras if one.match.strength)
+        return cls(
+            id=number,
+            peer=peer,
+            client=client,
+            ref=request.model,
+            found=found,
+            keys=keys,
+            opened=now,
+            reopen=request.id,
+            label=request.label,
+            priority=request.priority,
+            scheduling=request.plan.scheduling,
+            loras=tuple(merged),
+            lora=tuple(one.match for one in loras),
+            touched=now,
+            ladder=ladder or Ladder(),
+        )
 
     def go(self, event: str) -> None:
         self.state = states.after(states.RUN, self.state, event)
@@ -124,4 +161,5 @@ class Run:
             age=round(now - self.opened, 3),
             rebinds=self.rebinds,
             priority=self.priority,
+            degraded=self.ladder.degraded,
         )

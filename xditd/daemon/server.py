@@ -108,12 +108,14 @@ class Server:
             self.devices,
             memories,
             dtype=config.compute.dtype,
+            fallback=config.compute.fallback,
             runs_per_client=config.limits.runs_per_client,
             frame_bytes_per_client=config.arena.per_client_bytes,
             sight=self.sight,
             stop=stop,
         )
         self.dispatcher.noticed, self.dispatcher.jobs.turned = self.sight.group, self.sight.turn
+        self.dispatcher.lowered = self.sight.degraded
 
     def go(self, event: str) -> None:
         self.state = states.after(states.DAEMON, self.state, event)

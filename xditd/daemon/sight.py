@@ -5,12 +5,17 @@ The parts call it and decide nothing by it; it changes nothing of theirs.
 
 from __future__ import annotations
 
+import logging
+
 from xditd.daemon.chronicle import Chronicle
 from xditd.daemon.groups import Group
 from xditd.daemon.metrics import Metrics
 from xditd.daemon.runs import Asked, Run
 from xditd.daemon.session import Session
 from xditd.protocol.errors import Code
+from xditd.protocol.plans import ModelRef
+
+log = logging.getLogger("xditd.sight")
 
 
 class Sight:
@@ -48,6 +53,18 @@ class Sight:
         )
         if self.metrics is not None:
             self.metrics.group(group)
+
+    def degraded(self, ref: ModelRef, why: str, run: Run | None) -> None:
+        """A run, or a load where that is None, goes on with less than was asked for."""
+        what = "load" if run is None else "run"
+        facts = {} if run is None else {"run": run.id, "client": run.client}
+        self.chronicle.tell(f"{what}_degraded", model=ref, message=why, **facts)
+        log.warning(
+            "Degraded: %s: %s.",
+            ref.name,
+            why.rstrip("."),
+            extra={k: v for k, v in facts.items() if k == "run"},
+        )
 
     def run_opened(self, run: Run) -> None:
         self.chronicle.tell("run_opened", run=run.id, model=run.ref, client=run.client)

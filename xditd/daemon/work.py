@@ -99,8 +99,14 @@ def progress(run: int, asked: Asked, work: m.Sample, preview: Tensor | None) -> 
     )
 
 
-def answer(asked: Asked, report: o.TurnDone, frames: Sequence[Any]) -> tuple[Answer, Sequence[Any]]:
-    """The answer after a request's last turn, and its frames."""
+def answer(
+    asked: Asked, report: o.TurnDone, frames: Sequence[Any], degraded: str = ""
+) -> tuple[Answer, Sequence[Any]]:
+    """The answer after a request's last turn, and its frames.
+
+    Args:
+        degraded: why the run is not done as asked.
+    """
     work, seconds = asked.work, asked.seconds
     if isinstance(work, m.Denoise):
         return m.Denoised(re=work.id, outputs=report.outputs, seconds=seconds), frames
@@ -112,7 +118,8 @@ def answer(asked: Asked, report: o.TurnDone, frames: Sequence[Any]) -> tuple[Ans
         return reply, frames
     output, frames = alone(report.outputs[0], frames)
     if isinstance(work, m.Sample):
-        return m.Sampled(re=work.id, latent=output, steps=asked.turns, seconds=seconds), frames
+        sampled = m.Sampled(re=work.id, latent=output, steps=asked.turns, seconds=seconds, degraded=degraded)
+        return sampled, frames
     if isinstance(work, m.Decode):
         return m.Decoded(re=work.id, image=output, seconds=seconds), frames
     return m.Encoded(re=work.id, latent=output, seconds=seconds), frames

@@ -55,6 +55,7 @@ class GroupStatus(Struct, frozen=True, kw_only=True):
     turns: int = 0  # turns answered since it was ready
     seconds: float | None = None  # it took to become ready
     problem: str = ""  # why it failed, where it did
+    degraded: str = ""  # the plan that it stands in for, and why
 
 
 class RunStatus(Struct, frozen=True, kw_only=True):
@@ -72,6 +73,7 @@ class RunStatus(Struct, frozen=True, kw_only=True):
     age: float = 0.0  # seconds
     rebinds: int = 0
     priority: int = 0
+    degraded: str = ""  # why it is not done as asked; "" where it is
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -339,6 +341,7 @@ class Loaded(Struct, frozen=True, kw_only=True, tag="loaded", tag_field="type"):
     groups: tuple[str, ...] = ()  # of all replicas that are ready
     warnings: tuple[str, ...] = ()  # replicas that are not there, and why
     lora: tuple[LoraMatch, ...] = ()
+    degraded: str = ""  # why this is not the plan that was asked for; "" where it is
 
 
 class Unloaded(Struct, frozen=True, kw_only=True, tag="unloaded", tag_field="type"):
@@ -370,6 +373,7 @@ class RunOpened(Struct, frozen=True, kw_only=True, tag="run_opened", tag_field="
     plan: Plan
     model: ModelInfo
     lora: tuple[LoraMatch, ...] = ()
+    degraded: str = ""  # why this is not the plan that was asked for; "" where it is
 
 
 class ConditioningPut(Struct, frozen=True, kw_only=True, tag="conditioning_put", tag_field="type"):
@@ -389,6 +393,7 @@ class Sampled(Struct, frozen=True, kw_only=True, tag="sampled", tag_field="type"
     latent: Tensor  # in the model's own scale
     steps: int
     seconds: float
+    degraded: str = ""  # why the run did not have the plan that was asked for; the latent is a true one
 
 
 class Decoded(Struct, frozen=True, kw_only=True, tag="decoded", tag_field="type"):
@@ -470,6 +475,8 @@ class Rebound(Struct, frozen=True, kw_only=True, tag="rebound", tag_field="type"
     run: Id
     group: str
     reason: str
+    plan: Plan | None = None  # of that group
+    degraded: str = ""  # why this is not the plan that was asked for; "" where it is
 
 
 class RunEnded(Struct, frozen=True, kw_only=True, tag="run_ended", tag_field="type"):

@@ -64,6 +64,8 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     scheduling: Name = (
         "round_robin"  # which of them takes a run: "least_loaded", "weighted_round_robin", "adaptive"
     )
+    # of a plan that cannot be had: "auto" does it with fewer devices, "never" fails; "" is the daemon's own
+    fallback: Name = ""
 
 
 class Plan(Struct, frozen=True, kw_only=True):

@@ -205,7 +205,6 @@ def test_a_file_that_the_daemon_does_not_see_is_named(service: Service, folder: 
 @pytest.mark.parametrize(
     ("choice", "word"),
     [
-        ({"fallback": True}, "fallback"),
         ({"allow_approximate": True}, "approximate"),
         ({"gpu_devices": "0,0"}, "twice"),
         ({"gpu_devices": "all"}, "names no device"),

@@ -1,0 +1,163 @@
+"""What there is instead of a plan that cannot be had, and which failures lead there; no rank is needed for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.daemon.test_planner import GPUS, flux
+from tests.daemon.world import REF, World
+from xditd.daemon.fallback import LEADS_DOWN, Ladder, Lately, spell
+from xditd.daemon.planner import plan, rungs
+from xditd.daemon.runs import Run
+from xditd.protocol import messages as m
+
+TWO = m.Plan(devices=("cpu:0", "cpu:1"), ulysses=2)
+ONE = m.Plan(devices=("cpu:0",), reason="one device")
+
+
+def below(**asked: object) -> list[str]:
+    return [spell(rung) for rung in rungs(plan(m.PlanRequest(**asked), flux(), GPUS), flux())]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"ulysses": 4}, ["ulysses 2 on cuda:0, cuda:1", "The plan on cuda:0"]),
+        (
+            {"ulysses": 2, "ring": 2},
+            ["ulysses 2 on cuda:0, cuda:1", "The plan on cuda:0"],
+        ),
+        (
+            {"strategy": "Tensor", "devices": ("2", "3")},
+            ["The plan on cuda:2"],
+        ),
+        (
+            {"strategy": "CFG", "devices": ("0-3",)},
+            ["cfg 2 on cuda:0, cuda:1", "The plan on cuda:0"],
+        ),
+        (
+            {"strategy": "PipeFusion", "devices": ("0-3",)},
+            ["pipefusion 2 on cuda:0, cuda:1", "The plan on cuda:0"],
+        ),
+        ({"ring": 3, "devices": ("0-2",)}, ["The plan on cuda:0"]),
+        ({"devices": ("0",)}, []),
+    ],
+    ids=str,
+)
+def test_the_ladder_of_a_plan_is_its_strategy_with_half_the_devices_and_at_last_one(asked, expected):
+    assert below(**asked) == expected
+
+
+def test_a_rung_leaves_out_the_devices_on_which_something_failed():
+    four = plan(m.PlanRequest(ulysses=4), flux(), GPUS)
+    ladder = Ladder.of((four,), rungs(four, flux()))
+    two, ladder = ladder.down("start", "out_of_memory", "It is full.", "cuda:0")
+    assert two.devices == ("cuda:1", "cuda:2")
+    one, ladder = ladder.down("turn", "rank_lost", "It died.", "cuda:1")
+    assert one.devices == ("cuda:2",)
+    assert ladder.degraded == f"{spell(four)} could not be had: It is full; then: It died"
+    assert ladder.down("turn", "rank_lost", "It died.") is None
+
+
+@pytest.mark.parametrize("code", ["bad_plan", "file_invalid", "stopping", "not_built", "draining"])
+def test_what_would_fail_on_one_device_too_leads_nowhere(code):
+    ladder = Ladder.of((TWO,), (ONE,))
+    assert ladder.down("start", code, "No.") is None
+    assert ladder.down("turn", code, "No.") is None
+    assert ("turn", "rank_failed") not in LEADS_DOWN, "what raised is refused: decision 0004"
+
+
+def test_what_failed_is_remembered_for_a_while_unless_forgiven():
+    lately = Lately(60.0)
+    lately.failed("a", "load_failed", "It raised.", "cuda:1", 0.0)
+    lately.failed("b", "file_invalid", "It is cut off.", "", 0.0)
+    assert lately.problem(["a"], 59.0) == ("load_failed", "It raised.", "cuda:1")
+    assert lately.problem(["a", "c"], 1.0) is None, "a replica may do"
+    assert lately.problem(["b"], 1.0) is None, "the file may be another one now"
+    assert lately.problem(["a"], 60.0) is None
+    lately.forgive("a")
+    assert lately.problem(["a"], 1.0) is None
+
+
+# ------------------------------------------------------------------------------------- in the daemon's core
+
+
+def open_run(world: World) -> Run:
+    found, keys = world.what(REF)
+    request = m.OpenRun(id=world.request(), model=REF)
+    ladder = Ladder.of(tuple(key.plan for key in keys), (ONE,))
+    return world.core.open(b"comfy", "test", request, found, keys, world.now, (), ladder)
+
+
+def test_a_run_whose_plan_fails_at_the_start_is_opened_on_one_device_and_told():
+    world = World()
+    run = open_run(world)
+    (first,) = world.started
+    world.core.fleet.fail(first, "rank_failed", "Rank 0: No such luck", world.now, "cpu:0")
+    second = world.started[-1]
+    assert second.devices == ("cpu:1",)
+    world.ready(second)
+    opened = world.end_of(run.reopen)
+    assert isinstance(opened, m.RunOpened)
+    assert opened.plan.devices == ("cpu:1",)
+    assert "No such luck" in opened.degraded
+    assert second.degraded == opened.degraded
+    world.leave(first)
+    assert list(world.core.fleet.groups) == [second.name], "nobody waits for the plan any more"
+
+    started = len(world.started)
+    again = open_run(world)
+    assert len(world.started) == started
+    assert again.group == second.name
+    assert "No such luck" in world.end_of(again.reopen).degraded
+
+
+def test_the_last_rung_fails_with_its_own_code():
+    world = World()
+    run = open_run(world)
+    world.core.fleet.fail(world.started[-1], "rank_failed", "Rank 1: No such luck", world.now)
+    world.core.fleet.fail(world.started[-1], "out_of_memory", "Rank 0: It is full", world.now)
+    failed = world.end_of(run.reopen)
+    assert isinstance(failed, m.Failed)
+    assert failed.code == "out_of_memory"
+
+
+def test_a_request_is_asked_again_of_one_device_when_the_plan_has_lost_its_ranks_three_times():
+    world = World()
+    run = open_run(world)
+    world.ready(world.started[-1])
+    asked = world.sample(run, steps=1)
+    for _ in range(3):
+        group = world.group(run)
+        world.die(group, rank=1)
+        if run.state == "queued":
+            world.pass_time(1.0)
+            world.ready(world.started[-1])
+    assert world.group(run).devices == ("cpu:0",)
+    world.finish_turn(world.group(run))
+    rebounds = [event for event in world.of(asked) if isinstance(event, m.Rebound)]
+    assert [bool(event.degraded) for event in rebounds] == [False, False, True]
+    assert world.end_of(asked).degraded == rebounds[-1].degraded
+
+
+def test_a_run_that_was_asked_nothing_meanwhile_is_told_with_its_next_request():
+    world = World()
+    run = open_run(world)
+    world.ready(world.started[-1])
+    world.die(world.group(run))
+    second = world.started[-1]
+    world.core.fleet.fail(second, "rank_failed", "Rank 1: No such luck", world.now)
+    world.ready(world.started[-1])
+    for told in (1, 0):
+        asked = world.denoise(run)
+        assert len([event for event in world.of(asked) if isinstance(event, m.Rebound)]) == told
+        world.finish_turn(world.group(run))
+
+
+def test_a_model_that_is_too_large_for_one_device_stays_refused():
+    world = World(memory_total=100, parameters={REF.name: 60})
+    found, keys = world.what(REF)
+    request = m.OpenRun(id=world.request(), model=REF)
+    with pytest.raises(Exception, match="needs") as refused:
+        world.core.open(b"comfy", "test", request, found, keys, world.now, (), Ladder.of((TWO,), (ONE,)))
+    assert refused.value.code == "out_of_memory"
