@@ -12,6 +12,7 @@ from tests.catalog.sparse_files import FLUX_DEV, FLUX_VAE, SMALL_FLUX, entries, 
 from tests.catalog.test_transformers import SDXL
 from xditd.catalog.catalog import Catalog
 from xditd.catalog.detection import recognise
+from xditd.catalog.families import t5
 from xditd.catalog.layouts import LAYOUTS
 from xditd.catalog.roots import model_roots
 from xditd.protocol.errors import Code, XditError
@@ -132,6 +133,19 @@ def test_files_beside_a_config_that_are_several_models_stay_files(catalog, model
     }
     error = refusal(catalog, "some", "vae")
     assert (error.code, "is a folder, but no model" in error.message) == (Code.FILE_INVALID, True)
+
+
+def test_a_config_beside_a_lora_makes_no_model_of_its_folder(catalog, models):
+    pair = {"transformer.x.lora_A.weight": (4, 8), "transformer.x.lora_B.weight": (8, 4)}
+    saved(models / "loras" / "ink", pair)
+    assert [info.name for info in catalog.list("loras")[0]] == ["ink/diffusion_pytorch_model.safetensors"]
+
+
+def test_shards_of_a_text_encoder_are_one_model(catalog, models):
+    facts = {"width": 64, "layers": 2, "heads": 1, "head_dim": 64, "ff": 64, "vocabulary": 50, "gated": 1}
+    saved(models / "text_encoders" / "t5", t5.parameters(facts), shards=2)
+    (info,) = catalog.list("text_encoders")[0]
+    assert (info.name, info.family) == ("t5", "t5")
 
 
 def test_a_missing_shard_is_named(catalog, flux):

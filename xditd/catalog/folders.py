@@ -40,7 +40,7 @@ def is_model(names: Collection[str], kind: str) -> bool:
     """Whether a folder with these names in it is one model, or one pipeline of models."""
     if is_pipeline(names, kind):
         return True
-    if CONFIG not in names:
+    if CONFIG not in names or kind == "loras":
         return False
     files = [name for name in names if name.endswith(".safetensors")]
     plain = [
