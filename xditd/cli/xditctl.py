@@ -16,6 +16,7 @@ from xditd.cli.sample import sample
 from xditd.cli.status import status, wait_ready
 from xditd.cli.support.command import support_bundle
 from xditd.cli.top import top
+from xditd.cli.verify import verify
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 for command in (
-    status, top, events, logs, models, load, unload, sleep, free, runs, cancel, sample, demo, doctor, wait_ready, drain,
+    status, top, events, logs, models, load, unload, sleep, free, runs, cancel, sample, verify, demo, doctor, wait_ready, drain,
     support_bundle,
 ):  # fmt: skip
     main.add_command(command)

@@ -1,0 +1,72 @@
+"""How plans are held against one device: which there are, by which figures, and what is good enough."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from xditd.cli import comparison
+from xditd.cli.comparison import Compared
+from xditd.protocol.errors import XditError
+from xditd.protocol.messages import Plan
+
+
+def test_every_strategy_is_a_candidate_alone_and_in_pairs():
+    def plans(*devices):
+        return [comparison.spelled(one) for one in comparison.candidates(devices)]
+
+    assert plans("0") == []
+    assert plans("0", "1") == ["ulysses 2", "ring 2", "tensor 2", "pipefusion 2", "cfg 2"]
+    assert plans("0", "1", "2") == ["ulysses 3", "ring 3", "tensor 3", "pipefusion 3"]
+    four = plans("0", "1", "2", "3")
+    assert {"cfg 2 × ulysses 2", "ulysses 2 × ring 2", "cfg 2 × tensor 2", "cfg 2 × pipefusion 2"} < set(four)
+    assert all(one.fallback == "never" for one in comparison.candidates(("0", "1"))), (
+        "no lesser plan in its name"
+    )
+
+
+def test_a_plan_is_written_as_its_degrees_or_its_strategy():
+    two = comparison.parsed("ulysses=2,ring=2", ("0", "1", "2", "3", "4"))
+    assert (two.ulysses, two.ring, two.devices) == (2, 2, ("0", "1", "2", "3"))
+    assert comparison.parsed("Tensor", ("0", "1")).strategy == "Tensor"
+    for text, words in (("ulises=2", "no degree"), ("ring=x", "no degree"), ("ring=4", "needs 4 devices")):
+        with pytest.raises(XditError, match=words):
+            comparison.parsed(text, ("0", "1"))
+
+
+def test_figures_are_over_the_standard_deviation_of_one_devices_latent():
+    reference = torch.tensor([[[[0.0, 2.0, 4.0, 6.0]]]])
+    largest, mean = comparison.differences(reference + torch.tensor([0.0, 0.0, 0.0, 1.0]), reference)
+    assert largest == pytest.approx(1 / reference.std().item())
+    assert mean == pytest.approx(largest / 4)
+    assert comparison.differences(reference * math.nan, reference) == (math.inf, math.inf)
+    picture = torch.full((1, 2, 2, 3), 0.5)
+    assert comparison.psnr(picture, picture) == math.inf
+    assert comparison.psnr(picture + 0.1, picture) == pytest.approx(20.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "verdict", "good"),
+    [
+        ({"largest": 1e-6, "bound": 1e-5}, "exact", True),
+        ({"largest": 2e-5, "bound": 1e-5}, "too far", False),
+        ({"largest": math.inf, "bound": 1e-5}, "too far", False),
+        ({"largest": 0.3, "exact": False}, "approximate", True),
+        ({"problem": "No.", "code": "not_built"}, "refused", True),
+        ({"problem": "It died.", "code": "rank_lost"}, "failed", False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_only_an_exact_plan_can_be_too_far(fields, verdict, good):
+    one = Compared(plan="ulysses 2", **fields)
+    assert (one.verdict, one.good) == (verdict, good)
+    assert comparison.plain(one)["verdict"] == verdict
+
+
+def test_pipefusion_is_exact_where_every_step_is_warm_up():
+    plan = Plan(devices=("0", "1"), pipefusion=2)
+    assert comparison.is_exact(plan, warmup=4, steps=4)
+    assert not comparison.is_exact(plan, warmup=3, steps=4)
+    assert comparison.is_exact(Plan(devices=("0", "1"), ulysses=2), warmup=1, steps=4)

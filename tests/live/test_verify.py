@@ -1,0 +1,51 @@
+"""`xditctl verify` against a real daemon: plans are held against one device, and told apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.live.conftest import Serve
+from xditd.cli import comparison
+from xditd.cli.xditctl import main
+
+MODEL, VAE = "diffusion_models/flux.safetensors", "vae/ae.safetensors"
+
+
+def test_plans_are_held_against_one_device(
+    serve: Serve, models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(**{"devices.cpu_ranks": 4})
+    monkeypatch.setenv("XDITD_ENDPOINT", service.endpoint)
+    line = f"verify {MODEL} --vae {VAE} --size 144x176 --steps 3 --json"
+    plans = ("ulysses=2", "pipefusion=2", "pipefusion=2,ulysses=2")
+    arguments = [*line.split(), *(word for plan in plans for word in ("--plan", plan))]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    ulysses, pipefusion, both = json.loads(result.stdout)["plans"]
+    with capsys.disabled():
+        for one in (ulysses, pipefusion):
+            print(
+                f"\n  verify, {one['plan']}: {one['largest']:.1e}, PSNR {one['psnr'] or 999:.0f} dB", end=""
+            )
+    assert (ulysses["verdict"], ulysses["bound"]) == ("exact", 1e-5)
+    assert 0 < ulysses["largest"] < 1e-5
+    assert ulysses["mean"] < ulysses["largest"]
+    assert ulysses["psnr"] > 100
+    assert (pipefusion["verdict"], pipefusion["bound"]) == ("approximate", None)
+    assert pipefusion["largest"] > 1e-4
+    assert pipefusion["psnr"] < ulysses["psnr"]
+    assert (both["verdict"], both["code"]) == ("refused", "not_built")
+    with service.client() as client:
+        there = [group.model.name for group in client.status().groups]
+    assert "flux.safetensors" not in there, "what was not loaded is gone again"
+
+    monkeypatch.setitem(comparison.BOUNDS, "float32", 1e-12)
+    arguments = [*line.split()[:-1], "--plan", "ulysses=2"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "too far" in result.stdout
+    assert "Not as it must be: ulysses 2." in result.stdout

@@ -1,0 +1,140 @@
+"""Which plans are held against one device, by which figures, and what an exact one must keep to. Pure.
+
+Figures of a latent are differences from that of one device, over its standard deviation. The bound of float32 is that
+of docs/exactness.md; of the short dtypes it is 16 steps of their rounding (eps 2⁻⁷ of bfloat16, 2⁻¹⁰ of float16), since
+there every other order of a sum rounds otherwise: a floor below which nothing can be told, not a proof.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from msgspec import structs
+
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import Plan, PlanRequest
+
+if TYPE_CHECKING:
+    import torch
+
+BOUNDS = {"float32": 1e-5, "float16": 16 * 2.0**-10, "bfloat16": 16 * 2.0**-7}
+"""By compute dtype: the largest difference that an exact plan may have."""
+
+DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """A plan held against one device.
+
+    Attributes:
+        plan: as it is spelled.
+        exact: it must keep to the bound.
+        largest, mean: difference of the latent, over the standard deviation of one device's; None where it was refused.
+        bound: of the dtype; None where the plan is approximate.
+        psnr: of the decoded pictures in dB, `math.inf` where they are equal; None where none was decoded.
+        ratio: seconds of its sampling over those of one device.
+        problem: why it was not done.
+        code: of that.
+    """
+
+    plan: str
+    exact: bool = True
+    largest: float | None = None
+    mean: float | None = None
+    bound: float | None = None
+    psnr: float | None = None
+    ratio: float | None = None
+    problem: str = ""
+    code: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """ "exact", "approximate", "too far", "refused" or "failed"."""
+        if self.problem:
+            return "refused" if self.code in REFUSALS else "failed"
+        if self.bound is None:
+            return "approximate"
+        return "exact" if self.largest is not None and self.largest <= self.bound else "too far"
+
+    @property
+    def good(self) -> bool:
+        return self.verdict in ("exact", "approximate", "refused")
+
+
+REFUSALS = frozenset({Code.BAD_PLAN.value, Code.NOT_BUILT.value})
+"""Codes of a plan that the model cannot have, which says nothing against any other."""
+
+
+def candidates(devices: tuple[str, ...]) -> list[PlanRequest]:
+    """Every strategy over these devices, alone and, where they are even in number, in pairs."""
+    count = len(devices)
+    shapes: list[dict[str, int]] = []
+    if count > 1:
+        shapes += [{name: count} for name in ("ulysses", "ring", "tensor", "pipefusion")]
+    if count % 2 == 0:
+        shapes.append({"cfg": 2} if count == 2 else {"cfg": 2, "ulysses": count // 2})
+    if count % 2 == 0 and count > 2:
+        half = count // 2
+        shapes += [{"ulysses": half, "ring": 2}, {"tensor": half, "ulysses": 2}, {"cfg": 2, "tensor": half}]
+        shapes.append({"cfg": 2, "pipefusion": half})
+    return [structs.replace(PlanRequest(devices=devices, fallback="never"), **shape) for shape in shapes]
+
+
+def parsed(text: str, devices: tuple[str, ...]) -> PlanRequest:
+    """ "ulysses=2,ring=2", or a strategy's name, over the first of these devices that it needs.
+
+    Raises:
+        XditError: `bad_plan`.
+    """
+    if "=" not in text:
+        return PlanRequest(strategy=text, devices=devices, fallback="never")
+    degrees: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, degree = part.strip().partition("=")
+        if name not in DEGREES or not degree.isdecimal() or int(degree) < 1:
+            raise XditError(
+                Code.BAD_PLAN,
+                f"{part.strip()!r} is no degree: write {', '.join(DEGREES)} with a number, as in ulysses=2.",
+            )
+        degrees[name] = int(degree)
+    needed = math.prod(degrees.values())
+    if needed > len(devices):
+        raise XditError(Code.BAD_PLAN, f"{text} needs {needed} devices, and there are {len(devices)}.")
+    return structs.replace(PlanRequest(devices=devices[:needed], fallback="never"), **degrees)
+
+
+def spelled(request: PlanRequest) -> str:
+    named = [f"{name} {getattr(request, name)}" for name in DEGREES if getattr(request, name) > 1]
+    return " × ".join(named) or (request.strategy if len(request.devices) != 1 else "one device")
+
+
+def one_device(devices: tuple[str, ...]) -> PlanRequest:
+    return PlanRequest(devices=devices[:1], fallback="never")
+
+
+def is_exact(plan: Plan, warmup: int, steps: int) -> bool:
+    """PipeFusion is exact only where every step is warm-up."""
+    return plan.pipefusion == 1 or warmup >= steps
+
+
+def differences(latent: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """Largest and mean difference [B, C, h, w], over the reference's standard deviation; infinite where not finite."""
+    apart = (latent.double() - reference.double()).abs() / reference.double().std()
+    largest, mean = float(apart.max()), float(apart.mean())
+    return (largest, mean) if math.isfinite(largest) else (math.inf, math.inf)
+
+
+def psnr(image: torch.Tensor, reference: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio of pictures in 0..1: −10·log₁₀ of the mean squared difference, in dB."""
+    squared = float(((image.double() - reference.double()) ** 2).mean())
+    return math.inf if squared == 0 else -10 * math.log10(squared)
+
+
+def plain(one: Compared) -> dict[str, object]:
+    """For programs: an infinite figure is None there, since JSON has none."""
+    figures = {field: getattr(one, field) for field in one.__dataclass_fields__}
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+    return {**finite, "verdict": one.verdict}

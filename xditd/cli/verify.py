@@ -1,0 +1,209 @@
+"""`xditctl verify`: the same sampling on one device and under each plan, and how far apart the results are."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from xditd.cli import comparison, exits, words
+from xditd.cli.bars import PhaseBar, StepBar
+from xditd.cli.commands import MODEL, connect, endpoint_option, print_json, stderr, stdout
+from xditd.cli.comparison import Compared
+from xditd.cli.drawing import Wish, guidance_values, noise_shape, random_conditioning
+from xditd.cli.models import DTYPES
+from xditd.cli.sample import PictureSize
+from xditd.cli.schedule import habits, known, sigmas
+from xditd.cli.shapes import columns
+from xditd.client import Client, files
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import Loaded, ModelRef, PlanRequest
+
+if TYPE_CHECKING:
+    import torch
+
+GUIDED = 2.0
+"""The cfg scale of the sampling: not 1, so that cfg has something to split."""
+
+STYLE = {
+    "exact": "green",
+    "approximate": "yellow",
+    "refused": "dim",
+    "too far": "bold red",
+    "failed": "bold red",
+}
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    metavar="PLAN",
+    help="ulysses=2,ring=2, or a strategy's name; may be given several times. Default: every one over the devices.",
+)
+@click.option(
+    "--devices", default="", metavar="0,1", help="Which, as `xditctl status` names them; default: all."
+)
+@click.option("--vae", type=MODEL, help="Decode with this VAE, and tell the PSNR of the pictures.")
+@click.option("--size", type=PictureSize(), default="512x512", show_default=True, help="In pixels.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=4, show_default=True)
+@click.option(
+    "--warmup",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="Of PipeFusion, which is exact where it is --steps.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True)
+@click.option("--dtype", type=DTYPES, help="Compute dtype; default: the file's own.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+@endpoint_option
+def verify(
+    endpoint: str | None,
+    model: ModelRef,
+    plans: tuple[str, ...],
+    devices: str,
+    vae: ModelRef | None,
+    dtype: str | None,
+    as_json: bool,
+    **wished: Any,
+) -> None:
+    """Hold MODEL's plans against one device: largest and mean error, PSNR, time.
+
+    The same noise and random conditioning, with classifier-free guidance. Exact plans must keep to a bound (float32: 1e-5
+    of the latent's standard deviation); of approximate ones the figure is told. What was not loaded is unloaded again.
+
+    Status 1 where an exact plan is further off, or could not be tried.
+
+    \b
+    Examples:
+      xditctl verify diffusion_models/flux1-dev.safetensors --vae vae/ae.safetensors
+      xditctl verify diffusion_models/flux1-dev.safetensors --plan ulysses=2 --plan pipefusion=2 --warmup 2
+    """
+    model = msgspec.structs.replace(model, dtype=dtype or "")
+    with connect(endpoint) as client:
+        named = tuple(name for name in (part.strip() for part in devices.split(",")) if name)
+        there = named or tuple(device.name for device in client.status().devices)
+        asked = [comparison.parsed(text, there) for text in plans] or comparison.candidates(there)
+        if not asked:
+            raise XditError(Code.BAD_PLAN, f"{there[0]} is one device: there is no plan to hold against it.")
+        trial = _Trial(client, Wish(model=model, plan=PlanRequest(), **wished), vae, stderr())
+        results = trial.compare(comparison.one_device(there), asked)
+    if as_json:
+        print_json({"model": words.model(model), "plans": [comparison.plain(one) for one in results]})
+    else:
+        _show(results, stdout())
+    if not all(one.good for one in results):
+        click.get_current_context().exit(exits.FAILED)
+
+
+class _Trial:
+    """Samplings that differ in their plans alone."""
+
+    def __init__(self, client: Client, wish: Wish, vae: ModelRef | None, console: Console) -> None:
+        self.client = client
+        self.wish = wish
+        self.vae = vae
+        self.console = console
+
+    def compare(self, reference: PlanRequest, plans: list[PlanRequest]) -> list[Compared]:
+        """One device is sampled first: what goes wrong there is raised."""
+        loaded, latent, seconds = self._sample(reference)
+        picture = self._decode(latent)
+        bound = comparison.BOUNDS[loaded.dtype]
+        done = []
+        for plan in plans:
+            one = Compared(plan=comparison.spelled(plan))
+            try:
+                under, found, took = self._sample(plan)
+                one = replace(one, exact=comparison.is_exact(under.plan, self.wish.warmup, len(found[1]) - 1))
+                largest, mean = comparison.differences(found[0], latent[0])
+                image = self._decode(found)
+                done.append(
+                    replace(
+                        one,
+                        plan=words.degrees(under.plan),
+                        largest=largest,
+                        mean=mean,
+                        bound=bound if one.exact else None,
+                        psnr=None if image is None else comparison.psnr(image, picture),
+                        ratio=took / seconds,
+                    )
+                )
+            except XditError as error:
+                done.append(replace(one, problem=error.message, code=str(error.code)))
+        return done
+
+    def _sample(self, plan: PlanRequest) -> tuple[Loaded, tuple[torch.Tensor, tuple[float, ...]], float]:
+        """Loads, samples twice, since the first may compile, and gives the memory back. The second's seconds."""
+        wish, name = self.wish, f"{words.model(self.wish.model)}, {comparison.spelled(plan)}"
+        with PhaseBar(self.console, name) as bar:
+            loaded = self.client.load(wish.model, plan, on_event=bar.on_event)
+        try:
+            with self.client.open_run(wish.model, plan, label="xditctl verify") as run:
+                info, habit = run.model, habits(run.model)
+                schedule = tuple(sigmas(known(info), wish.steps or 1, habit.mu))
+                values = guidance_values(info, habit, None)
+                run.put_conditioning("positive", random_conditioning(info, wish.seed), values)
+                run.put_conditioning("negative", random_conditioning(info, wish.seed + 1000), values)
+                noise = files.noise(noise_shape(info, wish, None), wish.seed)
+                for _ in range(2):
+                    began = time.monotonic()
+                    with StepBar(self.console, name, len(schedule) - 1) as steps:
+                        latent = run.sample(
+                            noise,
+                            schedule,
+                            "positive",
+                            negative="negative",
+                            cfg=GUIDED,
+                            callback=steps.step,
+                            previews=False,
+                            warmup=wish.warmup,
+                        )
+                    seconds = time.monotonic() - began
+                return loaded, (latent / habit.scale + habit.shift, schedule), seconds
+        finally:
+            if not loaded.warm:
+                self._unload(loaded.group)
+
+    def _unload(self, group: str) -> None:
+        """Somebody else may use it by now: then it stays."""
+        try:
+            self.client.unload(group=group)
+        except XditError as error:
+            if error.code not in (Code.GROUP_BUSY, Code.NO_SUCH_GROUP):
+                raise
+
+    def _decode(self, sampled: tuple[torch.Tensor, tuple[float, ...]]) -> Any:
+        return None if self.vae is None else self.client.decode(self.vae, sampled[0]).clone()
+
+
+def _show(results: list[Compared], console: Console) -> None:
+    numbers = ("largest", "mean", "bound", "PSNR", "time")
+    table = columns("plan", "verdict", *numbers, "", right=numbers)
+    for one in results:
+        table.add_row(
+            one.plan,
+            Text(one.verdict, style=STYLE[one.verdict]),
+            *(_figure(value) for value in (one.largest, one.mean, one.bound)),
+            words.UNKNOWN if one.psnr is None else f"{one.psnr:.1f} dB",
+            words.UNKNOWN if one.ratio is None else f"{one.ratio:.2f}×",
+            Text(one.problem, style="dim"),
+        )
+    console.print(table)
+    worst = [one.plan for one in results if not one.good]
+    if worst:
+        console.print(f"{words.FAILED} Not as it must be: {words.joined(worst)}.", markup=False)
+    else:
+        console.print(f"{words.OK} Every exact plan is the sampling of one device.", markup=False)
+
+
+def _figure(value: float | None) -> str:
+    return words.UNKNOWN if value is None else f"{value:.1e}"
