@@ -49,3 +49,21 @@ def test_plans_are_held_against_one_device(
     assert result.exit_code == 1
     assert "too far" in result.stdout
     assert "Not as it must be: ulysses 2." in result.stdout
+
+
+def test_a_plan_is_explained_and_nothing_loaded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = serve(**{"devices.cpu_ranks": 4})
+    monkeypatch.setenv("XDITD_ENDPOINT", service.endpoint)
+    line = f"plan {MODEL} --gpus 0-3 --size 1024x1024"
+    result = CliRunner().invoke(main, line.split(), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (chosen,) = [row for row in result.stdout.splitlines() if "chosen" in row and "not chosen" not in row]
+    assert chosen.startswith("ulysses 4")
+    assert "1024" in chosen
+    result = CliRunner().invoke(main, [*line.split(), "--ulysses", "3", "--json"], catch_exceptions=False)
+    assert result.exit_code == 4
+    answer = json.loads(result.stdout)
+    assert answer["code"] == "bad_plan"
+    assert {one["verdict"] for one in answer["candidates"]} == {"possible", "rejected"}
+    with service.client() as client:
+        assert client.status().groups == ()

@@ -11,7 +11,7 @@ from xditd.catalog.families import FAMILIES, inputs
 from xditd.daemon import states
 from xditd.daemon.clients import CAPABILITIES
 from xditd.handoff import records
-from xditd.protocol import codec, figures, messages, noise, plans, tensors
+from xditd.protocol import codec, explaining, figures, messages, noise, plans, tensors
 from xditd.protocol.errors import Code
 
 TEXT = PATH.read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ BARE = (records.OpenLane, records.LaneOpened)
 TAGGED = (*messages.Request.__args__, *messages.Reply.__args__, *RECORDS)
 STRUCTURES = tuple(
     thing
-    for module in (messages, figures, plans, noise, tensors)
+    for module in (messages, explaining, figures, plans, noise, tensors)
     for thing in vars(module).values()
     if isinstance(thing, type) and issubclass(thing, msgspec.Struct) and not thing.__struct_config__.tag
     and thing is not msgspec.Struct and thing.__module__ == module.__name__

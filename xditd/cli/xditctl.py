@@ -11,6 +11,7 @@ from xditd.cli.doctor.command import doctor
 from xditd.cli.events import events
 from xditd.cli.logs import logs
 from xditd.cli.models import free, load, models, sleep, unload
+from xditd.cli.plan import plan
 from xditd.cli.runs import cancel, drain, runs
 from xditd.cli.sample import sample
 from xditd.cli.status import status, wait_ready
@@ -31,7 +32,7 @@ def main() -> None:
 
 
 for command in (
-    status, top, events, logs, models, load, unload, sleep, free, runs, cancel, sample, verify, demo, doctor, wait_ready, drain,
+    status, top, events, logs, models, plan, load, unload, sleep, free, runs, cancel, sample, verify, demo, doctor, wait_ready, drain,
     support_bundle,
 ):  # fmt: skip
     main.add_command(command)

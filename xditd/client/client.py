@@ -119,6 +119,14 @@ class Client:
         """The files that the daemon can load, of a kind ("" is every kind)."""
         return self._ask(m.Models, {"kind": kind}, self._timeout)
 
+    def explain(
+        self, model: m.ModelRef | str, plan: m.PlanRequest | None = None, size: tuple[int, int] = (0, 0)
+    ) -> m.Explained:
+        """How the model would run, and why not otherwise; nothing is loaded. `size`: width and height in pixels."""
+        width, height = size
+        fields = {"model": _model(model), "plan": plan or m.PlanRequest(), "width": width, "height": height}
+        return self._ask(m.Explain, fields, self._timeout)
+
     def load(
         self,
         model: m.ModelRef | str,

@@ -16,6 +16,7 @@ ANSWERS: dict[type[Struct], type[Struct]] = {
     m.Hello: m.Welcome,
     m.Status: m.StatusReport,
     m.Models: m.ModelList,
+    m.Explain: m.Explained,
     m.Load: m.Loaded,
     m.Unload: m.Unloaded,
     m.Sleep: m.Slept,

@@ -18,7 +18,7 @@ from msgspec import Struct
 from xditd.catalog import families
 from xditd.catalog.catalog import Catalog, Found, FoundLora
 from xditd.catalog.roots import ALIASES
-from xditd.daemon import dtypes, planner
+from xditd.daemon import choices, dtypes, planner
 from xditd.daemon.devices import Device, Memories
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fallback import Ladder
@@ -27,7 +27,7 @@ from xditd.daemon.ports import ClientPort
 from xditd.daemon.runs import Key, Run, Work
 from xditd.daemon.session import Session
 from xditd.daemon.sight import Sight
-from xditd.daemon.work import failed
+from xditd.daemon.work import failed, spell
 from xditd.protocol import messages as m
 from xditd.protocol.codec import MAX_HEADER
 from xditd.protocol.errors import Code, XditError
@@ -114,6 +114,8 @@ class Requests:
         match message:
             case m.Models():
                 self._spawn(message.id, session.peer, session.name, self._models(session, message))
+            case m.Explain():
+                self._spawn(message.id, session.peer, session.name, self._explain(session, message))
             case m.Load() | m.OpenRun():
                 self._spawn(message.id, session.peer, session.name, self._open(session, message))
             case m.Unload():
@@ -182,6 +184,29 @@ class Requests:
         folders = tuple(str(folder) for folder in self.catalog.roots.folders(message.kind))
         answer = m.ModelList(re=message.id, models=tuple(models), skipped=tuple(skipped), roots=folders)
         self.clients.answer(session.peer, _fit(answer))
+
+    async def _explain(self, session: Session, message: m.Explain) -> None:
+        found: Found = await asyncio.to_thread(self.catalog.find, message.model)
+        info, owned = found.info, list(self.devices)
+        first = planner.devices(message.plan.devices, owned)[0]
+        dtype = dtypes.choose(
+            info, asked=message.model.dtype, configured=self.dtype, is_cuda=self.devices[first].is_cuda
+        )
+        residency = self.dispatcher.fleet.residency
+        candidates, refusal = choices.explain(
+            message.plan,
+            info,
+            owned,
+            dtype,
+            residency.margin,
+            lambda plan: residency.too_large(found, Key(found.path, info.part, dtype, plan)),
+            (message.width, message.height),
+        )
+        code, text = (spell(refusal.code), refusal.message) if refusal is not None else ("", "")
+        answer = m.Explained(
+            re=message.id, model=info, dtype=dtype, candidates=candidates, code=code, message=text
+        )
+        self.clients.answer(session.peer, answer)
 
     async def _find(self, ref: m.ModelRef, request: m.PlanRequest) -> tuple[Found, tuple[Key, ...], Ladder]:
         """The file, what each of its replicas is, and what there may be instead of them."""

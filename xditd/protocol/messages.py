@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union
 from msgspec import Meta, Struct, field
 
 from xditd.protocol.codec import tags
+from xditd.protocol.explaining import Explain, Explained
 from xditd.protocol.figures import ArenaStatus, DeviceStatus, MemoryStatus, PreloadStatus, RankStatus
 from xditd.protocol.plans import (
     LoraMatch,
@@ -273,6 +274,7 @@ Request = Union[
     Hello,
     Status,
     Models,
+    Explain,
     Load,
     Unload,
     Sleep,
@@ -491,6 +493,7 @@ Reply = Union[
     Welcome,
     StatusReport,
     ModelList,
+    Explained,
     Loaded,
     Unloaded,
     Slept,

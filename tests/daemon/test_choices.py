@@ -1,0 +1,93 @@
+"""Every plan that there is, and the reason for or against it."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec import structs
+
+from tests.daemon.test_planner import GPUS, VAE, flux
+from xditd.daemon.choices import explain, shapes
+from xditd.protocol import messages as m
+from xditd.protocol.explaining import Candidate
+
+FOUR = ("0-3",)
+MARGIN = 512 << 20
+
+
+def candidates(request: m.PlanRequest, info=None, size=(0, 0), too_large=lambda plan: ""):
+    info = info or structs.replace(flux(), parameters=12_000_000)
+    return explain(request, info, GPUS, "bfloat16", MARGIN, too_large, size)
+
+
+def only(found: tuple[Candidate, ...], **degrees: int) -> Candidate:
+    names = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
+    (one,) = [c for c in found if all(getattr(c.plan, name) == degrees.get(name, 1) for name in names)]
+    return one
+
+
+def test_the_choice_comes_first_and_every_other_plan_has_its_reason():
+    found, refusal = candidates(m.PlanRequest(devices=FOUR))
+    assert refusal is None
+    assert found[0].verdict == "chosen"
+    assert (found[0].plan.ulysses, found[0].reason) == (4, "exact; ulysses, since 24 heads divide by 4")
+    assert [one.verdict for one in found].count("chosen") == 1
+    assert all(one.reason for one in found)
+    assert "approximate" in only(found, pipefusion=4).reason
+    assert not only(found, pipefusion=4).exact
+    assert "cfg scale" in only(found, cfg=2, ulysses=2).reason
+    assert only(found).reason == "exact; leaves 3 of 4 devices idle"
+    both = only(found, ulysses=2, pipefusion=2)
+    assert (both.verdict, both.code) == ("rejected", "not_built")
+
+
+def test_heads_that_do_not_divide_are_the_reason():
+    found, _ = candidates(m.PlanRequest(devices=FOUR), flux(heads=6))
+    rejected = only(found, tensor=4)
+    assert (rejected.verdict, rejected.code) == ("rejected", "bad_plan")
+    assert "does not divide the 6 heads" in rejected.reason
+
+
+def test_a_rank_is_told_its_bytes_and_its_tokens():
+    found, _ = candidates(m.PlanRequest(devices=FOUR), size=(1024, 768))
+    assert (only(found, ulysses=4).weights, only(found, tensor=4).weights) == (24_000_000, 6_000_000)
+    assert only(found, pipefusion=4).weights == 6_000_000
+    assert {one.activations for one in found} == {MARGIN}
+    assert (only(found).tokens, only(found, ulysses=4).tokens) == (64 * 48, 16 * 48)
+
+
+def test_more_ranks_than_tokens_are_of_no_use():
+    found, _ = candidates(m.PlanRequest(strategy="Tensor", devices=FOUR), size=(16, 32))
+    assert (only(found, ring=4).verdict, only(found, ring=4).reason) == (
+        "rejected",
+        "no use: there are more ranks than tokens",
+    )
+
+
+def test_what_has_no_room_is_rejected_and_the_request_with_it():
+    found, refusal = candidates(
+        m.PlanRequest(devices=FOUR), too_large=lambda plan: "" if plan.tensor == 4 else "It needs 24 GiB"
+    )
+    assert refusal is not None
+    assert refusal.code == "out_of_memory"
+    assert (found[0].plan.ulysses, found[0].verdict) == (4, "rejected")
+    assert only(found, tensor=4).verdict == "possible"
+
+
+def test_a_request_that_would_be_refused_is_told_with_what_there_is_instead():
+    found, refusal = candidates(m.PlanRequest(ulysses=5, devices=FOUR))
+    assert refusal is not None
+    assert refusal.code == "bad_plan"
+    assert {one.verdict for one in found} == {"possible", "rejected"}
+
+
+def test_a_vae_has_one_device():
+    found, _ = candidates(m.PlanRequest(), VAE)
+    assert found[0].plan.devices == ("cuda:0",)
+    assert {one.verdict for one in found[1:]} == {"rejected"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_no_plan_comes_twice(count):
+    made = [tuple(sorted(shape.items())) for shape in shapes(count)]
+    assert len(made) == len(set(made))
+    assert ((("cfg", count),) in made) == (count == 2)

@@ -1,0 +1,133 @@
+"""The planner's choice among all the ways that there are, each with the reason for or against it. Pure.
+
+Bytes of a rank are what `residency` counts: weights over the ranks that share them, and the margin for activations
+(`devices.activation_memory`). Tokens are those of the picture, 2×2 latent pixels each, over the ranks that split them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from msgspec import structs
+
+from xditd.catalog.families import family
+from xditd.daemon import planner
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.explaining import Candidate
+from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
+from xditd.protocol.tensors import ITEMSIZE
+
+PATCH = 2
+"""Latent pixels of a token's side, in every family that is split."""
+
+DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
+
+NOT_BY_ITSELF = {
+    "pipefusion": "approximate, so only by its name: steps overlap",
+    "cfg": "only by its name: of use where the cfg scale is not 1, which is not known when a model is loaded",
+    "tensor": "only by its name: for models that do not fit, since every layer waits for its sums",
+    "ring": "exact; not chosen, since ulysses sends less where the heads divide",
+    "ulysses": "exact; not chosen, since it is not what was asked for",
+}
+"""Why a plan that would work is not taken, by the first of its degrees that is above 1."""
+
+
+def explain(
+    request: PlanRequest,
+    info: ModelInfo,
+    owned: list[str],
+    dtype: str,
+    margin: int,
+    too_large: Callable[[Plan], str],
+    size: tuple[int, int] = (0, 0),
+) -> tuple[tuple[Candidate, ...], XditError | None]:
+    """Every candidate over the devices of the request, the chosen one first; and what the request is refused with.
+
+    Args:
+        owned: names of the daemon's devices.
+        margin: bytes set aside for the activations of a rank.
+        too_large: why a plan can never have room; "" where it can.
+        size: width and height of the picture in pixels; zeros are not said.
+
+    Raises:
+        XditError: `bad_device`.
+    """
+    devices = planner.devices(request.devices, owned)
+    refusal: XditError | None = None
+    chosen: Plan | None = None
+    try:
+        chosen = planner.plan(request, info, owned)
+        if problem := too_large(chosen):
+            refusal = XditError(Code.OUT_OF_MEMORY, f"{problem}.")
+    except XditError as error:
+        refusal = error
+    weights = info.parameters * ITEMSIZE[dtype]
+    found: list[Candidate] = []
+
+    def add(plan: Plan, verdict: str, reason: str, code: str = "") -> None:
+        found.append(
+            Candidate(
+                plan=plan,
+                verdict=verdict,
+                reason=reason.rstrip("."),
+                code=code,
+                exact=plan.pipefusion == 1,
+                weights=weights // (plan.tensor * plan.pipefusion),
+                activations=margin,
+                tokens=_tokens(info, plan, size),
+            )
+        )
+
+    if chosen is not None and refusal is None:
+        add(chosen, "chosen", chosen.reason)
+    elif chosen is not None and refusal is not None:
+        add(chosen, "rejected", refusal.message, Code.OUT_OF_MEMORY.value)
+    for shape in shapes(len(devices)):
+        plan = structs.replace(Plan(devices=devices[: math.prod(shape.values())]), **shape)
+        if chosen is not None and _degrees(plan) == _degrees(chosen):
+            continue
+        try:
+            family(info.family).check_plan(info, plan)
+        except XditError as error:
+            add(plan, "rejected", error.message, str(error.code))
+            continue
+        if problem := too_large(plan):
+            add(plan, "rejected", problem, Code.OUT_OF_MEMORY.value)
+        elif 0 < _all_tokens(info, size) < plan.ulysses * plan.ring:
+            add(plan, "rejected", "no use: there are more ranks than tokens")
+        else:
+            first = next((name for name in NOT_BY_ITSELF if getattr(plan, name) > 1), "")
+            idle = len(devices) - len(plan.devices)
+            add(
+                plan,
+                "possible",
+                NOT_BY_ITSELF.get(first, f"exact; leaves {idle} of {len(devices)} devices idle"),
+            )
+    return tuple(found), refusal
+
+
+def shapes(count: int) -> list[dict[str, int]]:
+    """Degrees over so many devices: each alone, each pair of them, and one device."""
+    found: list[dict[str, int]] = [{name: count} for name in DEGREES] if count > 1 else []
+    if "cfg" in (found[0] if found else {}) and count != planner.GUIDED:
+        del found[0]  # a step has two calls at most
+    for number, first in enumerate(DEGREES):
+        for second in DEGREES[number + 1 :]:
+            for degree in range(2, count):
+                if count % degree == 0 and (first != "cfg" or degree == planner.GUIDED):
+                    found.append({first: degree, second: count // degree})
+    return [*found, {}]
+
+
+def _degrees(plan: Plan) -> tuple[int, ...]:
+    return tuple(getattr(plan, name) for name in DEGREES)
+
+
+def _all_tokens(info: ModelInfo, size: tuple[int, int]) -> int:
+    side = info.facts.get("scale", 8) * PATCH
+    return math.prod(math.ceil(pixels / side) for pixels in size)
+
+
+def _tokens(info: ModelInfo, plan: Plan, size: tuple[int, int]) -> int:
+    return math.ceil(_all_tokens(info, size) / (plan.ulysses * plan.ring))
