@@ -48,6 +48,15 @@ class LoadLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **inputs: Any) -> str:
+        """A file that was replaced is another LoRA, under the same name too."""
+        path = folder_paths.get_full_path("loras", lora_name)
+        if path is None:  # gone: `execute` says so
+            return ""
+        there = os.stat(path)
+        return f"{there.st_size} {there.st_mtime_ns} {there.st_ino}"
+
+    @classmethod
     @telling_refusals()
     def execute(cls, model: Any, dispatcher: Any, lora_name: str, strength_model: float) -> io.NodeOutput:
         check_same(model, dispatcher)

@@ -86,6 +86,20 @@ def test_cfg_is_never_chosen_by_itself():
     assert plan(m.PlanRequest(devices=("0", "1")), flux(), GPUS).cfg == 1
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (m.PlanRequest(devices=("0", "1")), m.PlanRequest(devices=("0", "1"), ulysses=2)),
+        (m.PlanRequest(devices=("0", "1")), m.PlanRequest(devices=("0", "1"), strategy="USP")),
+        (m.PlanRequest(devices=("0", "1"), strategy="Tensor"), m.PlanRequest(devices=("0", "1"), tensor=2)),
+        (m.PlanRequest(devices=("0", "1"), strategy="CFG"), m.PlanRequest(devices=("0", "1"), cfg=2)),
+    ],
+)
+def test_the_same_plan_in_other_words_is_the_same_plan(one, other):
+    """Or the model would be loaded once for each way of asking, on the same devices."""
+    assert plan(one, flux(), GPUS) == plan(other, flux(), GPUS)
+
+
 def test_a_degree_left_open_is_filled():
     assert degrees(plan(m.PlanRequest(ring=2, devices=("0", "1", "2", "3")), flux(), GPUS)) == (2, 2)
     assert degrees(plan(m.PlanRequest(ulysses=2, devices=("0", "1", "2", "3")), flux(), GPUS)) == (2, 2)

@@ -117,6 +117,14 @@ def test_its_devices_memory_is_free_for_others_while_it_sleeps_and_it_waits_for_
     assert len(world.started) == 2
 
 
+def test_what_one_that_wakes_has_yet_to_take_is_nobody_elses():
+    world, group = asleep(memory_total=7, memory_others=3)  # four are free: room for one of the two
+    world.open()
+    assert group.state == "waking"
+    world.open(ref=VAE)
+    assert len(world.started) == 1, "started into memory that the waking one is about to take"
+
+
 def test_one_that_was_put_to_sleep_for_another_and_is_wanted_again_comes_behind_it():
     """Found under load: it was woken before the one that it slept for could start, a thousand times in a second."""
     world = World(devices=GPU, keep=TEN, memory_total=4, patience=3.0)

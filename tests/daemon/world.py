@@ -104,7 +104,9 @@ class World:
         if self.memory_total is None:
             return None
         groups = self.core.fleet.groups.values()
-        held = self.core.fleet.residency.resident(groups, pool)
+        # One that wakes takes its memory no sooner than it says that it is awake.
+        there = [group for group in groups if group.state != "waking"]
+        held = self.core.fleet.residency.resident(there, pool)
         return Memory(self.memory_total, self.memory_total - self.memory_others - held)
 
     # What happens in the world.
@@ -125,7 +127,7 @@ class World:
     ) -> Run:
         """A run of a model on the devices, or on equal shares of them."""
         found_loras = [
-            FoundLora(f"/{name}", m.LoraMatch(name=name, strength=strength, matched=1, modules=1))
+            FoundLora(f"/{name}", (), m.LoraMatch(name=name, strength=strength, matched=1, modules=1))
             for name, strength in loras
         ]
         found, keys = self.what(ref, devices, replicas)

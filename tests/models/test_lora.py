@@ -15,6 +15,7 @@ from tests.models.test_reading import private_kib
 from xditd.catalog.header import read_header
 from xditd.catalog.layouts import LAYOUTS
 from xditd.catalog.lora_fit import family_of, fit
+from xditd.catalog.weights import read_weights
 from xditd.models.families import load
 from xditd.models.making import flux_facts, make_flux
 from xditd.models.making_loras import FORMS, make_lora
@@ -166,6 +167,29 @@ def test_a_change_of_strength_is_as_if_nothing_had_been_merged_before(tmp_path: 
     assert all(torch.equal(value, state(other)[name]) for name, value in state(one).items())
 
 
+def test_a_file_that_was_replaced_is_another_lora(tmp_path: Path) -> None:
+    path = make("flux", tmp_path / "m.safetensors")
+    lora = make_lora(tmp_path / "l.safetensors", "flux", KINDS["flux"].facts)
+    one, other = (load("flux", path, "transformer", CPU, torch.float32) for _ in range(2))
+    one.loras.hold((Merge(path=str(lora), strength=1.0, stamp=(1,)),))
+    trained_on = {key: value * 2 for key, value in load_file(lora).items()}
+    save_file(trained_on, lora)
+    one.loras.hold((Merge(path=str(lora), strength=1.0, stamp=(2,)),))
+    other.loras.hold((Merge(path=str(lora), strength=1.0),))
+    assert all(torch.equal(value, state(other)[name]) for name, value in state(one).items())
+
+
+def test_scaled_fp8_is_refused_instead_of_merged_without_its_scale(tmp_path: Path) -> None:
+    pairs = load_file(make_lora(tmp_path / "l.safetensors", "flux", KINDS["flux"].facts))
+    (first, *_) = [key for key in pairs if key.endswith("lora_up.weight")]
+    pairs[first] = pairs[first].to(torch.float8_e4m3fn)
+    pairs[first.replace(".weight", ".scale_weight")] = torch.tensor(0.01)
+    save_file(pairs, tmp_path / "s.safetensors")
+    code, message = refused(tmp_path / "s.safetensors")
+    assert code == Code.NOT_BUILT
+    assert "scaled fp8" in message
+
+
 def test_after_a_change_that_failed_half_way_the_next_one_is_whole(tmp_path: Path, monkeypatch) -> None:
     path = make("flux", tmp_path / "m.safetensors")
     lora = str(make_lora(tmp_path / "l.safetensors", "flux", KINDS["flux"].facts))
@@ -190,7 +214,7 @@ def test_after_a_change_that_failed_half_way_the_next_one_is_whole(tmp_path: Pat
 
 def refused(path: Path, family: str = "flux") -> tuple[Code | str, str]:
     with pytest.raises(XditError) as caught:
-        fit(read_header(path), family, KINDS[family].facts, "dev.safetensors")
+        fit(read_weights(path), family, KINDS[family].facts, "dev.safetensors")
     return caught.value.code, caught.value.message
 
 

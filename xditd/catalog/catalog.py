@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from xditd.catalog import folders, lora_fit
 from xditd.catalog.detection import Recognised, recognise, role
 from xditd.catalog.families import TRANSFORMERS
-from xditd.catalog.header import Header, read_header
+from xditd.catalog.header import Header
 from xditd.catalog.roots import ModelFile, Roots, canonical
 from xditd.catalog.sentences import shown
 from xditd.catalog.weights import read_weights
@@ -62,10 +62,12 @@ class FoundLora:
 
     Attributes:
         path: of its file, with links resolved.
+        stamp: what changes when the file does: its size, time and inode.
         match: what it changes of the model, and how much of it is wanted.
     """
 
     path: str
+    stamp: tuple[int, ...]
     match: LoraMatch
 
 
@@ -133,7 +135,7 @@ class Catalog:
         """The file of a LoRA, and what it changes of a model.
 
         Raises:
-            XditError: `bad_value` for a strength that is no number; what `Roots.candidates` and `read_header` raise;
+            XditError: `bad_value` for a strength that is no number; what `Roots.candidates` and `read_weights` raise;
                 `lora_mismatch` and what else `lora_fit.fit` finds wrong with it; `not_built` for a model that is no
                 transformer.
         """
@@ -147,8 +149,8 @@ class Catalog:
                 Code.NOT_BUILT,
                 f"{info.name} is a {info.family}; in this version LoRAs change transformers and UNets, and no other models.",
             )
-        path, _ = self._choose(LORAS, ModelRef(kind=LORAS, name=ref.name, size=ref.size))
-        found = lora_fit.fit(read_header(path, f"{LORAS}/{ref.name}"), info.family, info.facts, info.name)
+        path, stamp = self._choose(LORAS, ModelRef(kind=LORAS, name=ref.name, size=ref.size))
+        found = lora_fit.fit(read_weights(path, f"{LORAS}/{ref.name}"), info.family, info.facts, info.name)
         match = LoraMatch(
             name=ref.name,
             strength=ref.strength,
@@ -157,7 +159,7 @@ class Catalog:
             text=found.text,
             unmatched=tuple(shown(name) for name in found.unmatched),
         )
-        return FoundLora(path, match)
+        return FoundLora(path, (stamp.size, stamp.mtime_ns, stamp.inode), match)
 
     def list(self, kind: str = "") -> tuple[tuple[ModelInfo, ...], tuple[SkippedFile, ...]]:
         """Every model of a kind, or of all kinds that can be loaded, and every file that is none, with the reason.

@@ -151,6 +151,11 @@ def _matrix(header: Header, key: str) -> TensorEntry:
         raise XditError(
             Code.NOT_BUILT, f"{header.name} has {shown(key)} in {entry.dtype}, which is not loaded."
         )
+    if entry.scale is not None:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"{header.name} is a LoRA in scaled fp8, which this version does not merge; use its bf16 or fp16 file.",
+        )
     if len(entry.shape) < 2 or 0 in entry.shape:
         raise XditError(
             Code.FILE_INVALID,

@@ -77,7 +77,7 @@ def rungs(plan: Plan, info: ModelInfo) -> tuple[Plan, ...]:
             shares[name] = shares[name] // 2 if shares[name] % 2 == 0 else 1
             count = math.prod(shares.values())
             kept = {name: degree for name, degree in shares.items() if degree > 1}
-            reason = _reason(PlanRequest(), kept, info, count)
+            reason = _reason(kept, info, count)
             rung = Plan(devices=plan.devices[:count], **shares, reason=reason)
             try:
                 family(info.family).check_plan(info, rung)
@@ -143,7 +143,7 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
                 f"{_spell(given)} makes {product}, but {len(devices)} devices are given; leave a degree open or "
                 f"name {product} device{'s' if product > 1 else ''}.",
             )
-    chosen = Plan(devices=devices, **degrees, reason=_reason(request, degrees, info, len(devices)))
+    chosen = Plan(devices=devices, **degrees, reason=_reason(degrees, info, len(devices)))
     family(info.family).check_plan(info, chosen)
     return chosen
 
@@ -212,15 +212,14 @@ def _spell(degrees: dict[str, int]) -> str:
     return " × ".join(f"{name} {degree}" for name, degree in degrees.items()) or "The plan"
 
 
-def _reason(request: PlanRequest, degrees: dict[str, int], info: ModelInfo, devices: int) -> str:
+def _reason(degrees: dict[str, int], info: ModelInfo, devices: int) -> str:
+    """One sentence, which follows from the plan alone: the same plan in other words is the same plan."""
     if devices == 1:
         return "one device"
     if degrees.get("pipefusion", 1) > 1:
         return "approximate, since steps overlap; exact where every step is warm-up"
     if degrees.get("cfg", 1) > 1:
         return "exact; cond and uncond side by side, where the cfg scale is not 1"
-    if all(getattr(request, name) for name in degrees):
-        return "as asked"
     if degrees.get("tensor", 1) > 1:
         return f"exact; each rank holds 1/{degrees['tensor']} of the large layers"
     heads = info.facts.get("heads", 1)

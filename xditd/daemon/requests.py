@@ -294,6 +294,13 @@ class Requests:
             after = self._memory([[one.device for one in left.before]])
             if isinstance(message, m.Unload):
                 answer: Struct = m.Unloaded(re=message.id, groups=names, before=left.before, after=after)
+            elif isinstance(message, m.Sleep) and (ended := [g for g in left.groups if not g.alive]):
+                group = ended[0]
+                answer = failed(
+                    message.id,
+                    group.code or Code.RANK_LOST,
+                    group.problem or f"{group.name} ended on its way to sleep.",
+                )
             elif isinstance(message, m.Sleep):
                 answer = m.Slept(re=message.id, groups=names, before=left.before, after=after)
             else:

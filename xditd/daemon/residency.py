@@ -222,9 +222,9 @@ class Residency:
         return max(self._of(group, where), told)
 
     def _room(self, memory: Memory, there: Sequence[Group], where: str) -> int:
-        """By estimate and by what the device says; a group that starts has not taken all that it will."""
+        """By estimate and by what the device says; a group that starts or wakes has not taken all that it will."""
         counted = memory.total - sum(self._of(one, where) for one in there)
-        starting = sum(self._of(one, where) for one in there if one.state == "starting")
+        starting = sum(self._of(one, where) for one in there if one.state in ("starting", "waking"))
         return min(counted, memory.free - starting)
 
     def _take(

@@ -114,7 +114,11 @@ class Run:
         ladder: Ladder | None = None,
     ) -> Run:
         """A run as the request has it."""
-        merged = (Merge(path=one.path, strength=one.match.strength) for one in loras if one.match.strength)
+        merged = (
+            Merge(path=one.path, strength=one.match.strength, stamp=one.stamp)
+            for one in loras
+            if one.match.strength
+        )
         return cls(
             id=number,
             peer=peer,

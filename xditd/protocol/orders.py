@@ -49,6 +49,9 @@ class Merge(Struct, frozen=True, kw_only=True):
 
     path: str  # of its file
     strength: float
+    stamp: tuple[
+        int, ...
+    ] = ()  # of the file, as it was when the run was opened: another content is another LoRA
 
 
 class SetLoras(Struct, frozen=True, kw_only=True, tag="set_loras", tag_field="type"):

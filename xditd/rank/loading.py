@@ -67,6 +67,12 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     device, dtype = Device(spec.device), DTYPES[spec.dtype]
     kernel = attention.choose(device.torch, dtype)
     plan = spec.plan
+    divided = plan.ulysses * plan.ring * plan.tensor * plan.pipefusion > 1
+    if spec.compile and divided:
+        print(
+            "Compiling is for ranks that compute on their own in this version; these run eagerly.",
+            file=sys.stderr,
+        )
     if plan.pipefusion > 1:
         return _load_stage(spec, places, faults, tell)
     sequence = plan.ulysses * plan.ring
@@ -101,12 +107,6 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         spec.family, spec.path, spec.part, device.torch, dtype, divide, partial(tell, "loading")
     )
     name = kernel.name
-    divided = world is not None or tensor is not None
-    if spec.compile and divided:
-        print(
-            "Compiling is for ranks that compute on their own in this version; these run eagerly.",
-            file=sys.stderr,
-        )
     if world is not None:
         run = partial(network.run, world.wrap(network.backbone, network.heads // plan.tensor))
         network.call = SequenceParallel(run, network.tokens, world, device.torch)
@@ -139,7 +139,9 @@ def _load_stage(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
     tell("loading")
     faults.at_load()
     stage = Stage(links.stage, links.stages)
-    network = load_network(spec.family, spec.path, spec.part, device.torch, dtype, stage.divide)
+    network = load_network(
+        spec.family, spec.path, spec.part, device.torch, dtype, stage.divide, partial(tell, "loading")
+    )
     stages = in_stages(spec.family, network)
     network.backbone.set_attention_backend(kernel.diffusers)
     name = kernel.name if attention.obeyed(network.backbone) else attention.TORCHS

@@ -182,6 +182,7 @@ class PipeFusion:
                 self._advance(job, order.step, span, predictions, sigma)
         if self._links.is_first:
             self._await_back(job, spans)
+        self._stages.recall.set(None, Span(0, 0), 0)  # or the job's keys and values outlived it, asleep too
         if order.step + 1 == job.steps:
             del self._jobs[order.run]
             if self._links.is_first:
