@@ -118,7 +118,7 @@ def test_its_devices_memory_is_free_for_others_while_it_sleeps_and_it_waits_for_
 
 
 def test_what_one_that_wakes_has_yet_to_take_is_nobody_elses():
-    world, group = asleep(memory_total=7, memory_others=3)  # four are free: room for one of the two
+    world, group = asleep(memory_total=9, memory_others=3)  # six are free: room for one of the two
     world.open()
     assert group.state == "waking"
     world.open(ref=VAE)
