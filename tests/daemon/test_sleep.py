@@ -125,6 +125,15 @@ def test_what_one_that_wakes_has_yet_to_take_is_nobody_elses():
     assert len(world.started) == 1, "started into memory that the waking one is about to take"
 
 
+def test_one_that_leaves_asleep_has_no_memory_to_give_back():
+    world, group = asleep(memory_total=4)
+    other = world.open_ready(ref=VAE)
+    world.core.unload([group], False, world.now)
+    assert group.state == "leaving"
+    assert world.core.fleet.residency.resident(world.core.fleet.groups.values(), GPU[0]) == 4
+    assert other.state == "bound"
+
+
 def test_one_that_was_put_to_sleep_for_another_and_is_wanted_again_comes_behind_it():
     """Found under load: it was woken before the one that it slept for could start, a thousand times in a second."""
     world = World(devices=GPU, keep=TEN, memory_total=4, patience=3.0)

@@ -225,6 +225,7 @@ class Fleet:
         rank.device_memory = report.device_memory
         if group.state == "dozing" and group.all_asleep:
             group.go("ranks_asleep")
+            group.resting = True
             self.listener.group_asleep(group, now)
             self.listener.settle(now)
         elif group.state == "waking" and group.all_ready:
@@ -300,6 +301,7 @@ class Fleet:
         group.started, group.spare = now, False
         if group.state == "asleep":
             group.go("wake")
+            group.resting = False
             self.ranks.order(group, o.Wake())
             self.loads.group_starting(group)
             self.listener.group_starting(group, now)

@@ -67,6 +67,7 @@ class Group:
     used: float = 0.0  # monotonic seconds of the last turn or binding
     asked: float | None = None  # monotonic seconds since when it waits for room
     slept: int = 0  # how often it was put to sleep
+    resting: bool = False  # its ranks have given the devices' memory back, and were not told to take it again
 
     def __post_init__(self) -> None:
         if not self.ranks:

@@ -295,12 +295,8 @@ class Requests:
             if isinstance(message, m.Unload):
                 answer: Struct = m.Unloaded(re=message.id, groups=names, before=left.before, after=after)
             elif isinstance(message, m.Sleep) and (ended := [g for g in left.groups if not g.alive]):
-                group = ended[0]
-                answer = failed(
-                    message.id,
-                    group.code or Code.RANK_LOST,
-                    group.problem or f"{group.name} ended on its way to sleep.",
-                )
+                why = ended[0].problem or f"{ended[0].name} ended on its way to sleep."
+                answer = failed(message.id, ended[0].code or Code.RANK_LOST, why)
             elif isinstance(message, m.Sleep):
                 answer = m.Slept(re=message.id, groups=names, before=left.before, after=after)
             else:

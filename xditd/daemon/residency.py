@@ -21,7 +21,7 @@ SETTLE = 5.0
 """Seconds after which memory that nobody of ours holds is taken to be another program's."""
 
 HOLDING = frozenset({"starting", "ready", "dozing", "waking", "leaving", "failed"})
-"""States of a group whose processes may hold memory of a device; one that is asleep has given it back."""
+"""States of a group whose processes may hold memory of a device, unless it fell asleep before: then it gave that back."""
 
 IDLING = frozenset({"starting", "ready", "waking"})
 """Those in which it can be ended for another, where no run uses it."""
@@ -97,7 +97,7 @@ class Residency:
 
     def resident(self, groups: Iterable[Group], device: str) -> int:
         """Bytes that the groups are counted with on a device's memory."""
-        return sum(self._of(group, pool(device)) for group in groups if group.state in HOLDING)
+        return sum(self._of(group, pool(device)) for group in groups if _holds(group))
 
     def too_large(self, found: Found, key: Key) -> str:
         """Why the model can never have room, whoever else leaves; "" where it can."""
@@ -122,7 +122,7 @@ class Residency:
             memory = self.memory.memory(where)
             if memory is None:
                 continue
-            there = [one for one in groups if one.state in HOLDING and self._of(one, where)]
+            there = [one for one in groups if _holds(one) and self._of(one, where)]
             lacking: float = needed - self._room(memory, there, where)
             if lacking <= 0:
                 continue
@@ -258,3 +258,7 @@ def pool(device: str) -> str:
 
 def _gib(nbytes: float) -> str:
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def _holds(group: Group) -> bool:
+    return group.state in HOLDING and not group.resting
