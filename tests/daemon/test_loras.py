@@ -52,6 +52,34 @@ def test_runs_with_the_same_set_share_a_group_and_others_wait_until_it_is_empty(
     assert told(world, plain) == [()]  # the weights as they are in the file again
 
 
+def test_a_lora_that_cannot_be_read_any_more_ends_its_run_and_not_the_model() -> None:
+    world = World()
+    run = world.open_ready(loras=[INK])
+    group = world.group(run)
+    innocent = world.open(loras=[INK])
+    asked = world.denoise(innocent)
+    world.core.rank_failed(
+        group,
+        o.RankFailed(
+            rank=1,
+            order=None,
+            run=run.id,
+            code="model_not_visible",
+            message="/ink is gone.",
+            traceback="",
+            alive=False,
+        ),
+        world.now,
+    )
+    assert (run.state, run.code) == ("ended", "model_not_visible")
+    world.leave(group)
+    world.pass_time(10.0)
+    world.ready(world.started[-1])
+    assert len(world.started) == 2
+    world.finish_turn(world.group(innocent))
+    assert isinstance(world.end_of(asked), m.Denoised)
+
+
 def test_nobody_passes_a_run_that_waits_for_the_group_to_be_empty() -> None:
     world = World()
     first = world.open_ready(loras=[INK])

@@ -56,6 +56,17 @@ def test_an_exception_in_a_world_of_two_ends_the_rank(tmp_path: Path) -> None:
         assert ranks.processes[1].wait(30) == 1
 
 
+def test_a_lora_that_is_gone_ends_a_world_and_names_the_run_that_asks_for_it(tmp_path: Path) -> None:
+    """Owed to the run's next turn by one rank and not by another, it would part them: so no rank owes it."""
+    path = make_flux(tmp_path / "flux.safetensors", **SMALL)
+    with running(tmp_path, path=path, ulysses=2) as ranks:
+        gone = orders.Merge(path=str(tmp_path / "gone.safetensors"), strength=1.0)
+        ranks.send(orders.SetLoras(run=5, loras=(gone,)))
+        turn(ranks, 1)
+        failed, _ = ranks.wait(orders.RankFailed)
+        assert (failed.order, failed.run, failed.alive) == (None, 5, False)
+
+
 @pytest.mark.parametrize(
     ("option", "code"), [("crash_at_order", -signal.SIGKILL), ("exit_at_order", 0)], ids=["crash", "exit"]
 )

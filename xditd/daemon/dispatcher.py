@@ -19,7 +19,7 @@ from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon import states
 from xditd.daemon.descent import Descent
 from xditd.daemon.fallback import Ladder
-from xditd.daemon.fleet import LOST, Deadlines, Fleet
+from xditd.daemon.fleet import LOST, TRIED_AGAIN, Deadlines, Fleet
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.jobs import Jobs
 from xditd.daemon.placing import Placing, opened, rebound
@@ -229,7 +229,9 @@ class Dispatcher:
         """A rank raised. If it serves on, only the request failed; else the group has."""
         if not report.alive or report.order is None:
             problem = f"Rank {report.rank}: {report.message}"
-            self.fleet.fail(group, report.code, problem, now, group.ranks[report.rank].device)
+            self.fleet.fail(
+                group, self._blamed(group, report, now), problem, now, group.ranks[report.rank].device
+            )
             return
         run = self.jobs.turn_over(group, report.order, now)
         if run is not None and run.asked is not None and not self._left(run, now):
@@ -423,6 +425,15 @@ class Dispatcher:
             group.used = now
         self._changed = True
         self.ended(run)
+
+    def _blamed(self, group: Group, report: o.RankFailed, now: float) -> str:
+        """What it failed of. An order of one run's own would fail every group: that run ends; to the others this one is lost."""
+        if report.order is not None or report.run is None or report.code in TRIED_AGAIN:
+            return report.code
+        run = self.runs.get(report.run)
+        if run is not None and run.group == group.name:
+            self._end(run, report.code, report.message, now)
+        return Code.RANK_LOST.value
 
     def _after_turn(self, now: float) -> None:
         """The devices are free; where a run ended with the turn, its place is too."""

@@ -27,6 +27,9 @@ from xditd.protocol.errors import Code, XditError
 LOST = frozenset({Code.RANK_LOST.value, Code.DEADLINE_EXCEEDED.value})
 """Codes of a group whose ranks died or hung. Another group may well do what this one could not."""
 
+TRIED_AGAIN = LOST | {Code.OUT_OF_MEMORY.value}
+"""Those that it does not follow from a run's own order that every group would have."""
+
 _NEAREST = ("ready", "waking", "asleep", "dozing", "starting", "waiting", "failed", "leaving", "gone")
 """States by how soon a group in them, or its replacement, serves."""
 

@@ -223,10 +223,12 @@ class TurnDone(Struct, frozen=True, kw_only=True, tag="turn_done", tag_field="ty
 
 
 class RankFailed(Struct, frozen=True, kw_only=True, tag="rank_failed", tag_field="type"):
-    """An exception. `order` is the turn it ended, None outside of turns. With `alive` the rank serves on."""
+    """An exception. `order` is the turn it ended, None outside of turns; there `run` is whose order it was, if it was a
+    run's. With `alive` the rank serves on."""
 
     rank: int
     order: int | None
+    run: int | None = None
     code: str
     message: str
     traceback: str  # for the log only

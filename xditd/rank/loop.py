@@ -116,11 +116,14 @@ class Loop:
     def _goes_on_after(self, order: Any, error: Exception) -> bool:
         """Tells of the exception where it is due. Whether this process serves on."""
         told = failed(self._spec.rank, error, getattr(order, "order", None), alive=False)
+        told = structs.replace(told, run=getattr(order, "run", None))
         traceback.clear_frames(error.__traceback__)  # they hold tensors, perhaps all that memory lacked
         # Who knows where weights are that went half of the way?
-        alive = not isinstance(order, orders.RESTS) and (
-            is_refusal(error) or (self._spec.world == 1 and self._worker.usable())
+        # And a file may read otherwise for each rank of a world: one that owes it and one that has it would part.
+        torn = isinstance(order, orders.RESTS) or (
+            isinstance(order, orders.SetLoras) and self._spec.world > 1
         )
+        alive = not torn and (is_refusal(error) or (self._spec.world == 1 and self._worker.usable()))
         if alive and not isinstance(order, orders.TURNS) and hasattr(order, "run"):
             self._owed[order.run] = error
             return True
