@@ -20,7 +20,7 @@ PUBLIC = frozenset(
         "deadlines.load", "deadlines.first_turn", "deadlines.turn", "deadlines.run_idle", "deadlines.stop",
         "deadlines.drain", "deadlines.queued",
         "restart.limit", "restart.window", "restart.backoff",
-        "compute.compile", "compute.dtype",
+        "compute.compile", "compute.dtype", "compute.fallback",
         "log.level", "log.format",
         "metrics.port", "metrics.address",
         "debug.echo",
