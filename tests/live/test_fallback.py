@@ -116,6 +116,7 @@ def test_a_plan_whose_ranks_do_not_start_is_followed_by_one_device(
     assert refused(client).code == code
 
 
+@pytest.mark.soak  # real ranks twice; tests/daemon/test_fallback.py has it without any
 @pytest.mark.parametrize("client", [{"oom_at_order": "1"}], indirect=True)
 def test_a_turn_that_memory_is_too_small_for_is_done_on_one_device(
     client: Client, expected: torch.Tensor

@@ -56,7 +56,7 @@ def noise(height: int, width: int) -> torch.Tensor:
     ("plan", "text", "size"),
     [
         (PlanRequest(ulysses=2), 77, (18, 22)),
-        (PlanRequest(ring=2), 15, (21, 13)),
+        pytest.param(PlanRequest(ring=2), 15, (21, 13), marks=pytest.mark.soak),
         pytest.param(PlanRequest(ulysses=2, ring=2), 15, (21, 13), marks=pytest.mark.soak),
         (PlanRequest(strategy="Tensor", devices=("0", "1")), 15, (21, 13)),
     ],

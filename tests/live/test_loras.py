@@ -84,7 +84,9 @@ def predict(client: Client, *lora: tuple[str, float]) -> torch.Tensor:
         return run.denoise([(noise(18, 22), 0.7, "prompt")])[0].clone()
 
 
-@pytest.mark.parametrize("plan", [PLAN, PlanRequest(tensor=2)], ids=["ulysses", "tensor"])
+@pytest.mark.parametrize(
+    "plan", [PLAN, pytest.param(PlanRequest(tensor=2), marks=pytest.mark.soak)], ids=["ulysses", "tensor"]
+)
 def test_two_ranks_compute_what_weights_merged_by_hand_give(client: Client, merged, capsys, plan) -> None:
     x, both = noise(18, 22), (("ink.safetensors", 0.8), ("oil.safetensors", -0.5))
     reference = merged(*both)
@@ -105,6 +107,7 @@ def test_two_ranks_compute_what_weights_merged_by_hand_give(client: Client, merg
     assert error(prediction, merged().predict(x, 0.7, **given(77), guidance=3.5)) > 100 * TOLERANCE
 
 
+@pytest.mark.soak
 def test_each_stage_of_a_pipeline_merges_what_is_its_own(client: Client, merged, capsys) -> None:
     x, both = noise(18, 22), (("ink.safetensors", 0.8), ("oil.safetensors", -0.5))
     reference, plan = merged(*both), PlanRequest(strategy="PipeFusion")

@@ -38,7 +38,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     service.stop()
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.soak] if n in ("sd3", "pixart_sigma") else []) for n in DRAWN]
+)
 def test_a_family_is_drawn_with_as_plain_diffusers_draws(
     service: Service, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,7 +61,9 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@pytest.mark.parametrize("model", [CLIP, part("clip_l")], ids=["file", "checkpoint"])
+@pytest.mark.parametrize(
+    "model", [pytest.param(CLIP, marks=pytest.mark.soak), part("clip_l")], ids=["file", "checkpoint"]
+)
 def test_clip_gives_what_transformers_gives(service, folder, model, capsys):
     alone = model == CLIP
     path = folder / (CLIP if alone else f"checkpoints/{CHECKPOINT}")
@@ -84,7 +86,9 @@ def test_clip_gives_what_transformers_gives(service, folder, model, capsys):
     assert max(found) < TOLERANCE
 
 
-@pytest.mark.parametrize("model", [T5, part("t5xxl")], ids=["file", "checkpoint"])
+@pytest.mark.parametrize(
+    "model", [T5, pytest.param(part("t5xxl"), marks=pytest.mark.soak)], ids=["file", "checkpoint"]
+)
 def test_t5_gives_what_transformers_gives(service, folder, model, capsys):
     alone = model == T5
     path = folder / ("text_encoders/t5xxl.safetensors" if alone else f"checkpoints/{CHECKPOINT}")

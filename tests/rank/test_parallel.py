@@ -32,11 +32,11 @@ WORLDS = {
     "ulysses2": (1, 1, 2, 1),
     "ring2": (1, 1, 1, 2),
     "ulysses2-ring2": (1, 1, 2, 2),
-    "ring3": (1, 1, 1, 3),
     "cfg2": (2, 1, 1, 1),
     "tensor2": (1, 2, 1, 1),
 }
 LONG = {
+    "ring3": (1, 1, 1, 3),
     "cfg2-ulysses2": (2, 1, 2, 1),
     "cfg2-tensor2": (2, 2, 1, 1),
     "tensor2-ulysses2": (1, 2, 2, 1),

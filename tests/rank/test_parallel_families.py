@@ -25,6 +25,14 @@ TOLERANCE = 1e-5
 
 WORLDS = {"ulysses2": (2, 1, 1), "ring2": (1, 2, 1), "tensor2": (1, 1, 2)}
 LONG = {"ulysses2-ring2": (2, 2, 1), "tensor2-ulysses2": (2, 1, 2), "tensor2-ring2": (1, 2, 2)}
+QUICK = {
+    "sd3.5_medium": ("ulysses2", "tensor2"),
+    "pixart_alpha": ("ring2",),
+    "hunyuandit_1.2": ("ulysses2",),
+    "sdxl": ("one",),
+}
+"""What make test has: each family once, each plan once. All others are soak, and most in `tests.rank.exactness`."""
+
 FULL = ("sd3.5_medium", "pixart_alpha", "hunyuandit_1.2")
 """Tried in more ways: those that have all that others of their family have."""
 
@@ -32,7 +40,9 @@ ALIKE = ("hunyuandit_1.1", "sd3.5_large")
 """What differs from another in nothing that is split; `tests.rank.exactness` tries these, too."""
 
 PARAMS = [
-    pytest.param((name, world), id=f"{name}-{world}", marks=[pytest.mark.soak] if world in LONG else [])
+    pytest.param(
+        (name, world), id=f"{name}-{world}", marks=[] if world in QUICK.get(name, ()) else [pytest.mark.soak]
+    )
     for name, case in CASES.items()
     for world in (WORLDS | LONG if case.parallel else ("one",))
     if name not in ALIKE

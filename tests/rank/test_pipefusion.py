@@ -136,6 +136,7 @@ def test_a_pipeline_is_exact_where_every_step_is_warm_up(
     assert max(figures) < TOLERANCE
 
 
+@pytest.mark.soak
 def test_a_pipeline_is_the_closer_the_finer_its_steps_are(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
