@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -19,6 +20,12 @@ from tests.live.conftest import Serve
 TOP = [sys.executable, "-m", "xditd.cli.xditctl", "top"]
 
 
+def _at_a_terminal() -> None:
+    """In the child: the terminal becomes the controlling one, and Ctrl-C is heard, which a shell's background ignores."""
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A pseudo-terminal with a command in it."""
 
@@ -29,7 +36,7 @@ class Terminal:
         environment = {**os.environ, "COLUMNS": "120", "LINES": "40", "TERM": "xterm-256color"}
         self.process = subprocess.Popen(
             command, stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # it becomes the controlling one
+            preexec_fn=_at_a_terminal,
         )  # fmt: skip
         self.text = ""
 

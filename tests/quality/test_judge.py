@@ -35,7 +35,7 @@ def scene(description: Description, seed: int = 0) -> Scene:
 def many():
     """Descriptions of every kind, and a picture of each."""
     chance = random.Random(1)
-    described = [scenes.describe(chance) for _ in range(80)]
+    described = [scenes.describe(chance) for _ in range(48)]
     return described, drawn(*[scenes.settle(description, chance) for description in described])
 
 
