@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 
 from xditd.catalog.families import autoencoder_kl, bert, clip, flux, t5
 
+Where = str | os.PathLike[str]
+Facts = Mapping[str, int]
 Weights = dict[str, torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -130,128 +133,76 @@ def bert_facts(
     }
 
 
-def flux_weights(
-    facts: Mapping[str, int], *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, prefix: str = ""
-) -> Weights:
-    """Random weights of a Flux transformer, by the makers' keys."""
-    return random_weights(flux.parameters(facts), dtype, seed, prefix)
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes small files of one family.
 
-
-def vae_weights(
-    facts: Mapping[str, int], *, dtype: torch.dtype = torch.float32, seed: int = 0, prefix: str = ""
-) -> Weights:
-    """Random weights of an AutoencoderKL, by the makers' keys."""
-    return random_weights(autoencoder_kl.parameters(facts), dtype, seed, prefix)
-
-
-def clip_weights(
-    facts: Mapping[str, int], *, dtype: torch.dtype = torch.float16, seed: int = 0, prefix: str = ""
-) -> Weights:
-    """Random weights of a CLIP text encoder, by transformers' keys."""
-    return random_weights(clip.parameters(facts), dtype, seed, prefix)
-
-
-def t5_weights(
-    facts: Mapping[str, int], *, dtype: torch.dtype = torch.float16, seed: int = 0, prefix: str = ""
-) -> Weights:
-    """Random weights of a T5 encoder, by the makers' keys."""
-    return random_weights(t5.parameters(facts), dtype, seed, prefix)
-
-
-def bert_weights(
-    facts: Mapping[str, int], *, dtype: torch.dtype = torch.float16, seed: int = 0, prefix: str = ""
-) -> Weights:
-    """Random weights of a BERT text encoder, by transformers' keys."""
-    return random_weights(bert.parameters(facts), dtype, seed, prefix)
-
-
-def make_flux(
-    path: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-    prefix: str = "",
-    **shape: Any,
-) -> Path:
-    """Writes a Flux transformer, as ComfyUI's diffusion_models holds them; `guidance` makes it a dev, else a schnell.
-
-    Args:
-        shape: as `flux_facts` takes it.
+    Attributes:
+        facts: from a shape to what the family's `detect` will find.
+        parameters: the family's.
+        dtype: that its files usually have.
+        marks: keys without a value, and without a prefix, that files with these facts have.
     """
-    return write(path, flux_weights(flux_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
+
+    facts: Callable[..., dict[str, int]]
+    parameters: Callable[[Facts], dict[str, tuple[int, ...]]]
+    dtype: torch.dtype
+    marks: Callable[[Facts], Iterable[str]] = lambda facts: ()
+
+    def weights(
+        self, facts: Facts, *, dtype: torch.dtype | None = None, seed: int = 0, prefix: str = ""
+    ) -> Weights:
+        """Random weights of a network with these facts, by the makers' keys."""
+        made = random_weights(self.parameters(facts), dtype or self.dtype, seed, prefix)
+        return made | {mark: torch.empty(0) for mark in self.marks(facts)}
+
+    def __call__(
+        self,
+        path: Where,
+        facts: Facts | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        prefix: str = "",
+        **shape: Any,
+    ) -> Path:
+        """Writes a file, as ComfyUI's folder for the family holds them.
+
+        Args:
+            path: of the file.
+            facts: as `facts` gives them; None is those of `shape`.
+            dtype: of all weights; None is the usual one.
+            seed: of the weights.
+            prefix: of the keys.
+            shape: as `facts` takes it.
+        """
+        found = self.facts(**shape) if facts is None else facts
+        return write(path, self.weights(found, dtype=dtype, seed=seed, prefix=prefix))
 
 
-def make_vae(
-    path: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    prefix: str = "",
-    **shape: Any,
-) -> Path:
-    """Writes an AutoencoderKL, as ComfyUI's vae holds them: Flux's layout, or with `quant` and 4 channels SD's.
+make_flux = Maker(flux_facts, flux.parameters, torch.bfloat16)
+"""Flux; `guidance` makes it a dev, else a schnell."""
 
-    Args:
-        shape: as `vae_facts` takes it.
-    """
-    return write(path, vae_weights(vae_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
+make_vae = Maker(vae_facts, autoencoder_kl.parameters, torch.float32)
+"""AutoencoderKL: Flux's layout, or with `quant` and 4 channels SD's."""
 
+make_clip = Maker(clip_facts, clip.parameters, torch.float16)
+"""CLIP's text encoders, in transformers' layout or with `openclip` in OpenCLIP's."""
 
-def make_clip(
-    path: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-    prefix: str = "",
-    **shape: Any,
-) -> Path:
-    """Writes a CLIP text encoder, as ComfyUI's text_encoders holds them.
+make_t5 = Maker(t5_facts, t5.parameters, torch.float16)
+"""T5's encoder; `gated` as every T5 since 1.1 is."""
 
-    Args:
-        shape: as `clip_facts` takes it.
-    """
-    return write(path, clip_weights(clip_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
-
-
-def make_t5(
-    path: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-    prefix: str = "",
-    **shape: Any,
-) -> Path:
-    """Writes a T5 encoder, as ComfyUI's text_encoders holds them; `gated` as every T5 since 1.1 is.
-
-    Args:
-        shape: as `t5_facts` takes it.
-    """
-    return write(path, t5_weights(t5_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
-
-
-def make_bert(
-    path: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-    prefix: str = "",
-    **shape: Any,
-) -> Path:
-    """Writes a BERT text encoder, as ComfyUI's text_encoders holds them.
-
-    Args:
-        shape: as `bert_facts` takes it.
-    """
-    return write(path, bert_weights(bert_facts(**shape), dtype=dtype, seed=seed, prefix=prefix))
+make_bert = Maker(bert_facts, bert.parameters, torch.float16)
+"""BERT's text encoder."""
 
 
 def make_checkpoint(
-    path: str | os.PathLike[str],
+    path: Where,
     *,
-    transformer: Mapping[str, int] | None = None,
-    vae: Mapping[str, int] | None = None,
-    clip_l: Mapping[str, int] | None = None,
-    t5xxl: Mapping[str, int] | None = None,
+    transformer: Facts | None = None,
+    vae: Facts | None = None,
+    clip_l: Facts | None = None,
+    t5xxl: Facts | None = None,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> Path:
@@ -265,21 +216,21 @@ def make_checkpoint(
         dtype: of all.
         seed: of the transformer; those of VAE, CLIP and T5 are the next.
     """
-    weights = flux_weights(
+    weights = make_flux.weights(
         transformer or flux_facts(), dtype=dtype, seed=seed, prefix="model.diffusion_model."
     )
-    weights |= vae_weights(vae or vae_facts(), dtype=dtype, seed=seed + 1, prefix="vae.")
+    weights |= make_vae.weights(vae or vae_facts(), dtype=dtype, seed=seed + 1, prefix="vae.")
     if clip_l is not None:
         start = "text_encoders.clip_l.transformer."
-        weights |= clip_weights(clip_l, dtype=dtype, seed=seed + 2, prefix=start)
+        weights |= make_clip.weights(clip_l, dtype=dtype, seed=seed + 2, prefix=start)
     if t5xxl is not None:
         start = "text_encoders.t5xxl.transformer."
-        weights |= t5_weights(t5xxl, dtype=dtype, seed=seed + 3, prefix=start)
+        weights |= make_t5.weights(t5xxl, dtype=dtype, seed=seed + 3, prefix=start)
     weights["text_encoders.clip_l.logit_scale"] = torch.tensor(4.6052, dtype=dtype)
     return write(path, weights)
 
 
-def make_models(folder: str | os.PathLike[str]) -> list[Path]:
+def make_models(folder: Where) -> list[Path]:
     """Writes a models folder as ComfyUI's, with a small dev, a small schnell, a VAE and a checkpoint."""
     root = Path(folder)
     return [
@@ -290,7 +241,7 @@ def make_models(folder: str | os.PathLike[str]) -> list[Path]:
     ]
 
 
-def make_text_models(folder: str | os.PathLike[str]) -> list[Path]:
+def make_text_models(folder: Where) -> list[Path]:
     """Writes a models folder with text encoders, a dev that fits them and a VAE: each alone, and all in a checkpoint.
 
     The weights of the checkpoint are those of the files, but for their rounding to its dtype.
@@ -362,7 +313,7 @@ def _gain(key: str, shape: tuple[int, ...]) -> float:
     return 1.0
 
 
-def write(path: str | os.PathLike[str], weights: Weights) -> Path:
+def write(path: Where, weights: Weights) -> Path:
     """Writes a safetensors file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

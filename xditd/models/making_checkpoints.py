@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from xditd.catalog.families import hunyuandit, sdxl
 from xditd.models.making import (
+    Facts,
+    Where,
     bert_facts,
-    bert_weights,
     clip_facts,
-    clip_weights,
-    random_weights,
+    make_bert,
+    make_clip,
+    make_t5,
+    make_vae,
     t5_facts,
-    t5_weights,
     vae_facts,
-    vae_weights,
     write,
 )
-from xditd.models.making_transformers import hunyuandit_facts, sdxl_facts
-
-Where = str | os.PathLike[str]
-Facts = Mapping[str, int]
+from xditd.models.making_transformers import hunyuandit_facts, make_hunyuandit, make_sdxl, sdxl_facts
 
 SD_VAE = vae_facts(latent_channels=4, quant=True)
 
@@ -50,10 +45,10 @@ def make_sdxl_checkpoint(
     clip_l = clip_l or clip_facts(projection=False)
     clip_g = clip_g or clip_facts(layers=32, openclip=True)
     texts = "conditioner.embedders."
-    weights = random_weights(sdxl.parameters(transformer), dtype, seed, "model.diffusion_model.")
-    weights |= vae_weights(SD_VAE, dtype=dtype, seed=seed + 1, prefix="first_stage_model.")
-    weights |= clip_weights(clip_l, dtype=dtype, seed=seed + 2, prefix=f"{texts}0.transformer.")
-    weights |= clip_weights(clip_g, dtype=dtype, seed=seed + 3, prefix=f"{texts}1.model.")
+    weights = make_sdxl.weights(transformer, dtype=dtype, seed=seed, prefix="model.diffusion_model.")
+    weights |= make_vae.weights(SD_VAE, dtype=dtype, seed=seed + 1, prefix="first_stage_model.")
+    weights |= make_clip.weights(clip_l, dtype=dtype, seed=seed + 2, prefix=f"{texts}0.transformer.")
+    weights |= make_clip.weights(clip_g, dtype=dtype, seed=seed + 3, prefix=f"{texts}1.model.")
     positions = torch.arange(clip_l["positions"])[None]
     weights[f"{texts}0.transformer.text_model.embeddings.position_ids"] = positions
     weights[f"{texts}1.model.logit_scale"] = torch.tensor(4.6052, dtype=dtype)
@@ -80,12 +75,12 @@ def make_hunyuandit_checkpoint(
     """
     hydit_clip, mt5xl = hydit_clip or bert_facts(), mt5xl or t5_facts()
     transformer = transformer or hunyuandit_facts(context_width=hydit_clip["width"], t5_width=mt5xl["width"])
-    weights = random_weights(hunyuandit.parameters(transformer), dtype, seed, "model.")
-    weights |= vae_weights(SD_VAE, dtype=dtype, seed=seed + 1, prefix="vae.")
-    weights |= bert_weights(
+    weights = make_hunyuandit.weights(transformer, dtype=dtype, seed=seed, prefix="model.")
+    weights |= make_vae.weights(SD_VAE, dtype=dtype, seed=seed + 1, prefix="vae.")
+    weights |= make_bert.weights(
         hydit_clip, dtype=dtype, seed=seed + 2, prefix="text_encoders.hydit_clip.transformer."
     )
-    weights |= t5_weights(mt5xl, dtype=dtype, seed=seed + 3, prefix="text_encoders.mt5xl.transformer.")
+    weights |= make_t5.weights(mt5xl, dtype=dtype, seed=seed + 3, prefix="text_encoders.mt5xl.transformer.")
     for encoder in ("hydit_clip", "mt5xl"):
         weights[f"text_encoders.{encoder}.logit_scale"] = torch.tensor(4.6052, dtype=dtype)
     if spiece_model:

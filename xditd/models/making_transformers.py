@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
 
 from xditd.catalog.families import hunyuandit, pixart, sd3, sdxl
-from xditd.models.making import random_weights, write
-
-Where = str | os.PathLike[str]
+from xditd.models.making import Facts, Maker
 
 
 def sd3_facts(
@@ -41,16 +35,8 @@ def sd3_facts(
     }
 
 
-def make_sd3(
-    path: Where,
-    facts: Mapping[str, int] | None = None,
-    *,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-    prefix: str = "",
-) -> Path:
-    """Writes an SD3 transformer, as ComfyUI's diffusion_models holds them; with qk_norm an SD3.5."""
-    return write(path, random_weights(sd3.parameters(facts or sd3_facts()), dtype, seed, prefix))
+make_sd3 = Maker(sd3_facts, sd3.parameters, torch.float16)
+"""SD3; with qk_norm an SD3.5."""
 
 
 def pixart_facts(
@@ -79,16 +65,8 @@ def pixart_facts(
     }
 
 
-def make_pixart(
-    path: Where,
-    facts: Mapping[str, int] | None = None,
-    *,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-    prefix: str = "",
-) -> Path:
-    """Writes a PixArt transformer, as ComfyUI's diffusion_models holds them; with sizes an α, else a Σ."""
-    return write(path, random_weights(pixart.parameters(facts or pixart_facts()), dtype, seed, prefix))
+make_pixart = Maker(pixart_facts, pixart.parameters, torch.float16)
+"""PixArt; with sizes an α, else a Σ."""
 
 
 def hunyuandit_facts(
@@ -125,18 +103,8 @@ def hunyuandit_facts(
     }
 
 
-def make_hunyuandit(
-    path: Where,
-    facts: Mapping[str, int] | None = None,
-    *,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-    prefix: str = "",
-) -> Path:
-    """Writes a HunyuanDiT transformer, as ComfyUI's diffusion_models holds them; with sizes a 1.1, else a 1.2."""
-    return write(
-        path, random_weights(hunyuandit.parameters(facts or hunyuandit_facts()), dtype, seed, prefix)
-    )
+make_hunyuandit = Maker(hunyuandit_facts, hunyuandit.parameters, torch.float16)
+"""HunyuanDiT; with sizes a 1.1, else a 1.2."""
 
 
 def sdxl_facts(
@@ -163,16 +131,9 @@ def sdxl_facts(
     }
 
 
-def make_sdxl(
-    path: Where,
-    facts: Mapping[str, int] | None = None,
-    *,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-    prefix: str = "",
-) -> Path:
-    """Writes an SDXL UNet, as ComfyUI's diffusion_models holds them."""
-    facts = facts or sdxl_facts()
-    weights = random_weights(sdxl.parameters(facts), dtype, seed, prefix)
-    marks = {"v_pred": facts["v"], "ztsnr": facts["zsnr"]}
-    return write(path, weights | {name: torch.empty(0) for name, is_so in marks.items() if is_so})
+def _marks(facts: Facts) -> list[str]:
+    return [name for name, fact in (("v_pred", "v"), ("ztsnr", "zsnr")) if facts[fact]]
+
+
+make_sdxl = Maker(sdxl_facts, sdxl.parameters, torch.float16, _marks)
+"""The SDXL base UNet."""
