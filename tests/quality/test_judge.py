@@ -16,8 +16,7 @@ from tools.train_demo import networks, render, scenes
 from tools.train_demo.judge import judge
 from tools.train_demo.scenes import Description, Placed, Scene, Thing
 from xditd.demo import prompt
-from xditd.models.reading import WeightFile
-from xditd.models.vae.network import load
+from xditd.models.families import load
 
 RED, BLUE = Thing("circle", "red"), Thing("square", "blue")
 LEFT_OF = Description((RED, BLUE), relation="left")
@@ -120,8 +119,8 @@ HELD = [34, 45, 46]
 
 def test_the_vae_brings_pictures_back(many):
     described, pictures = (part[:4] for part in many)
-    file = WeightFile(prompt.folder() / networks.FILES["vae"][0])
-    vae = load(file, networks.VAE, "", torch.device("cpu"), torch.float32)
+    path = prompt.folder() / networks.FILES["vae"][0]
+    vae = load("autoencoder_kl", path, "vae", torch.device("cpu"), torch.float32)
     with torch.inference_mode():
         again = vae.decode(vae.encode(torch.tensor(pictures)))
     error = (again - torch.tensor(pictures)).square().mean()

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from xditd.catalog.detection import prefixes, role
 from xditd.catalog.families import TRANSFORMERS, family
 from xditd.catalog.layouts import named
+from xditd.catalog.layouts.piece import Piece
 from xditd.models.lora import Loras
-from xditd.models.reading import Progress, WeightFile
-from xditd.models.splits import Cut, Divide
+from xditd.models.reading import Progress, WeightFile, fill
+from xditd.models.splits import Divide
 from xditd.models.stages import Stages
 from xditd.models.tokens import Tokens
 from xditd.models.weights import Weights
@@ -25,38 +27,64 @@ from xditd.protocol.noise import Noise
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One family: what part of an image's making it is, and the module whose `load` makes its network."""
+    """One family: what part of an image's making it is, and the class of its networks."""
 
     part: str  # "transformer", "vae" or "text_encoder"
-    module: str  # imported when it is needed: diffusers and transformers take seconds
-    stages: str = ""  # the module whose `Staged` takes the network apart into stages, where there is one
+    folder: str  # below xditd.models; imported when it is needed: diffusers and transformers take seconds
+    network: str  # the class in its network.py, a `Network`
+    staged: bool = False  # whether its stages.py has a `Staged` that takes the network apart into stages
+
+    @property
+    def kind(self) -> type[Network]:
+        module = importlib.import_module(f"xditd.models.{self.folder}.network")
+        found: type[Network] = getattr(module, self.network)
+        return found
 
 
 FAMILIES = {
-    "flux": Row("transformer", "xditd.models.flux.network", "xditd.models.flux.stages"),
-    "sd3": Row("transformer", "xditd.models.sd3.network", "xditd.models.sd3.stages"),
-    "pixart": Row("transformer", "xditd.models.pixart.network", "xditd.models.pixart.stages"),
-    "hunyuandit": Row("transformer", "xditd.models.hunyuandit.network"),
-    "sdxl": Row("transformer", "xditd.models.sdxl.network"),
-    "autoencoder_kl": Row("vae", "xditd.models.vae.network"),
-    "clip": Row("text_encoder", "xditd.models.clip.network"),
-    "t5": Row("text_encoder", "xditd.models.t5.network"),
-    "bert": Row("text_encoder", "xditd.models.bert.network"),
+    "flux": Row("transformer", "flux", "Flux", staged=True),
+    "sd3": Row("transformer", "sd3", "SD3", staged=True),
+    "pixart": Row("transformer", "pixart", "PixArt", staged=True),
+    "hunyuandit": Row("transformer", "hunyuandit", "HunyuanDiT"),
+    "sdxl": Row("transformer", "sdxl", "SDXL"),
+    "autoencoder_kl": Row("vae", "vae", "Autoencoder"),
+    "clip": Row("text_encoder", "clip", "Clip"),
+    "t5": Row("text_encoder", "t5", "T5"),
+    "bert": Row("text_encoder", "bert", "Bert"),
 }
 
 
+class Network(Protocol):
+    """What the class of every family has: how its networks are made, and what `load` adds to each."""
+
+    splits: Any  # a transformer's `Splits`, where its layers can be divided
+    weights: Weights
+
+    @staticmethod
+    def empty(facts: Mapping[str, int]) -> nn.Module:
+        """The module that these facts describe. Made on the meta device: its parameters are read afterwards."""
+
+    @staticmethod
+    def pieces(facts: Mapping[str, int], prefix: str) -> Mapping[str, Piece]:
+        """Where each parameter of that module is in a file, whose keys have a prefix."""
+
+    def __init__(
+        self, backbone: Any, facts: Mapping[str, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Around a module that has its parameters, on a device and in the dtype of its arithmetic."""
+
+
 class Transformer(Protocol):
-    """What a transformer family's `load` returns."""
+    """A transformer that `load` returned."""
 
     backbone: Any
     call: Any  # runs the backbone: at first `partial(run, backbone)`
     heads: int
     tokens: Tokens  # what `call` has by token
-    cuts: Mapping[str, Cut]  # by parameter, what of it is held where a rank holds a share
     noise: Noise  # that it takes out of a latent
     device: torch.device
     dtype: torch.dtype
-    loras: Loras  # what is merged into its weights; `load` gives it that
+    loras: Loras  # what is merged into its weights
 
     def condition(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Any:
         """A conditioning from what a client put."""
@@ -106,9 +134,12 @@ def load(
         found = named.detect(family(name), file.header, prefix)
         if found is not None:
             file.names = found.names
-            network = importlib.import_module(row.module)
-            shared = () if divide is None else (divide,)
-            loaded = network.load(file, found.facts, prefix, device, dtype, *shared)
+            kind = row.kind
+            with torch.device("meta"):
+                backbone = kind.empty(found.facts)
+            cuts = None if divide is None else divide(backbone, kind.splits)
+            fill(backbone, kind.pieces(found.facts, prefix), file, device, dtype, cuts)
+            loaded: Any = kind(backbone, found.facts, device, dtype)
             if row.part == "transformer":
                 loaded.noise = TRANSFORMERS[name].noise(found.facts)
                 loaded.loras = Loras(file, name, found.facts, device, dtype)
@@ -124,7 +155,7 @@ def in_stages(name: str, network: Any) -> Stages:
         XditError: `not_built` for a family that has none.
     """
     row = FAMILIES[name]
-    if not row.stages:
+    if not row.staged:
         raise XditError(Code.NOT_BUILT, f"pipefusion is not built for {name} in this version.")
-    stages: Stages = importlib.import_module(row.stages).Staged(network)
+    stages: Stages = importlib.import_module(f"xditd.models.{row.folder}.stages").Staged(network)
     return stages

@@ -99,8 +99,3 @@ class Cut:
 
 Divide = Callable[[nn.Module, Splits], Mapping[str, Cut]]
 """Divides a network on torch's meta device, in place. Returns by parameter what is held of it; the rest is held whole."""
-
-
-def whole(network: nn.Module, splits: Splits) -> Mapping[str, Cut]:
-    """Divides nothing: the network of a rank that holds all of it."""
-    return {}

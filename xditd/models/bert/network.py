@@ -12,17 +12,32 @@ from transformers.models.bert.modeling_bert import BertModel
 from xditd.catalog.families import bert
 from xditd.catalog.layouts.piece import Piece
 from xditd.models.bert.config import config
-from xditd.models.reading import WeightFile, fill
 from xditd.models.text import additive, embed
 
 
 class Bert:
     """A BERT text encoder. Its layers are called one by one, because the hidden state of one in the middle may be wanted."""
 
-    def __init__(self, backbone: BertModel, device: torch.device, dtype: torch.dtype) -> None:
+    @staticmethod
+    def empty(facts: Mapping[str, int]) -> BertModel:
+        """The module, as the facts have it."""
+        return BertModel(BertConfig(**config(facts)), add_pooling_layer=False)
+
+    @staticmethod
+    def pieces(facts: Mapping[str, int], prefix: str) -> dict[str, Piece]:
+        """Every parameter, from transformers' layout."""
+        return {key.removeprefix("bert."): Piece(prefix + key) for key in bert.parameters(facts)}
+
+    def __init__(
+        self, backbone: BertModel, facts: Mapping[str, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = dtype
+        # Buffers that no file holds.
+        embeddings: Any = backbone.embeddings
+        embeddings.position_ids = torch.arange(facts["positions"], device=device).expand(1, -1)
+        embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
 
     def encode(
         self,
@@ -44,29 +59,3 @@ class Bert:
         for block in layers[: last + 1]:
             x = block(x, attend)
         return x.float(), None
-
-
-def load(
-    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
-) -> Bert:
-    """A BERT text encoder from a file in transformers' layout.
-
-    Args:
-        file: mapped.
-        facts: as `catalog.families.bert.detect` finds them in it.
-        prefix: of its keys.
-        device: where it goes.
-        dtype: of its parameters and its arithmetic.
-
-    Raises:
-        XditError: `file_invalid` naming keys.
-    """
-    with torch.device("meta"):
-        backbone = BertModel(BertConfig(**config(facts)), add_pooling_layer=False)
-    pieces = {key.removeprefix("bert."): Piece(prefix + key) for key in bert.parameters(facts)}
-    fill(backbone, pieces, file, device, dtype)
-    # Buffers that no file holds.
-    embeddings: Any = backbone.embeddings
-    embeddings.position_ids = torch.arange(facts["positions"], device=device).expand(1, -1)
-    embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
-    return Bert(backbone, device, dtype)

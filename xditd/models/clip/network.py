@@ -11,9 +11,9 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 
 from xditd.catalog.families import clip
-from xditd.catalog.layouts.openclip import pieces
+from xditd.catalog.layouts import openclip
+from xditd.catalog.layouts.piece import Piece
 from xditd.models.clip.config import config
-from xditd.models.reading import Piece, WeightFile, fill
 from xditd.models.text import additive, embed
 
 
@@ -45,10 +45,24 @@ class Clip:
     without those of all.
     """
 
-    def __init__(self, backbone: Backbone, device: torch.device, dtype: torch.dtype) -> None:
+    empty = staticmethod(Backbone)
+
+    @staticmethod
+    def pieces(facts: Mapping[str, int], prefix: str) -> dict[str, Piece]:
+        """Every parameter, from transformers' layout or OpenCLIP's."""
+        if facts["openclip"]:
+            return openclip.pieces(facts, prefix)
+        return {key: Piece(prefix + key) for key in clip.parameters(facts)}
+
+    def __init__(
+        self, backbone: Backbone, facts: Mapping[str, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = dtype
+        # A buffer that no file holds.
+        positions = torch.arange(facts["positions"], device=device)
+        backbone.text_model.embeddings.position_ids = positions.expand(1, -1)
 
     def encode(
         self,
@@ -100,29 +114,3 @@ class Clip:
             assert self.backbone.text_projection is not None
             plain = self.backbone.text_projection(plain)
         return plain.float()
-
-
-def load(
-    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
-) -> Clip:
-    """A CLIP text encoder from a file in transformers' layout or OpenCLIP's.
-
-    Args:
-        file: mapped.
-        facts: as `catalog.families.clip.detect` finds them in it.
-        prefix: of its keys.
-        device: where it goes.
-        dtype: of its parameters and its arithmetic.
-
-    Raises:
-        XditError: `file_invalid` naming keys.
-    """
-    with torch.device("meta"):
-        backbone = Backbone(facts)
-    same = {key: Piece(prefix + key) for key in backbone.state_dict()}
-    fill(backbone, pieces(facts, prefix) if facts["openclip"] else same, file, device, dtype)
-    # A buffer that no file holds.
-    backbone.text_model.embeddings.position_ids = torch.arange(facts["positions"], device=device).expand(
-        1, -1
-    )
-    return Clip(backbone, device, dtype)

@@ -15,8 +15,6 @@ from xditd.catalog.layouts.flux import pieces
 from xditd.models.flux import inputs
 from xditd.models.flux.config import config
 from xditd.models.flux.splits import SPLITS
-from xditd.models.reading import WeightFile, fill
-from xditd.models.splits import Cut, Divide, whole
 from xditd.models.tokens import Tokens
 
 GUIDANCE = 3.5
@@ -46,13 +44,26 @@ class Flux:
 
     tokens = Tokens(image={"hidden_states": 1, "img_ids": 0}, text={"encoder_hidden_states": 1, "txt_ids": 0})
 
-    def __init__(self, backbone: FluxTransformer2DModel, device: torch.device, dtype: torch.dtype) -> None:
+    splits = SPLITS
+    pieces = staticmethod(pieces)
+
+    @staticmethod
+    def empty(facts: Mapping[str, int]) -> FluxTransformer2DModel:
+        """The module, as the facts have it."""
+        return FluxTransformer2DModel(**config(facts))
+
+    def __init__(
+        self,
+        backbone: FluxTransformer2DModel,
+        facts: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = dtype
         self.heads: int = backbone.config.num_attention_heads
         self.call: Call = partial(self.run, backbone)
-        self.cuts: Mapping[str, Cut] = {}
         self._time = _ExactTime(backbone)
         self._image_ids = lru_cache(maxsize=32)(inputs.image_ids)
 
@@ -105,36 +116,6 @@ class Flux:
             output[0] if isinstance(output, tuple) else output
         )  # xfuser's is (tokens, None)
         return tokens
-
-
-def load(
-    file: WeightFile,
-    facts: Mapping[str, int],
-    prefix: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    divide: Divide = whole,
-) -> Flux:
-    """A Flux transformer from a file in its makers' layout.
-
-    Args:
-        file: mapped.
-        facts: as `catalog.families.flux.detect` finds them in it.
-        prefix: of its keys.
-        device: where it goes.
-        dtype: of its parameters and its arithmetic.
-        divide: what leaves a rank its share.
-
-    Raises:
-        XditError: `file_invalid` naming keys.
-    """
-    with torch.device("meta"):
-        backbone = FluxTransformer2DModel(**config(facts))
-    cuts = divide(backbone, SPLITS)
-    fill(backbone, pieces(facts, prefix), file, device, dtype, cuts)
-    network = Flux(backbone, device, dtype)
-    network.cuts = cuts
-    return network
 
 
 class _ExactTime:

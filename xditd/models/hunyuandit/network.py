@@ -16,8 +16,6 @@ from xditd.catalog.layouts.hunyuandit import pieces
 from xditd.models.hunyuandit.config import config, spans
 from xditd.models.hunyuandit.splits import SPLITS
 from xditd.models.patches import Embed, grid, join, split
-from xditd.models.reading import WeightFile, fill
-from xditd.models.splits import Cut, Divide, whole
 from xditd.models.tokens import Tokens
 
 
@@ -46,6 +44,16 @@ class HunyuanDiT:
 
     tokens = Tokens(image={"patches": 1, "cos": 0, "sin": 0}, attention=(("image",),))
 
+    splits = SPLITS
+    pieces = staticmethod(pieces)
+
+    @staticmethod
+    def empty(facts: Mapping[str, int]) -> HunyuanDiT2DModel:
+        """The module, as the facts have it."""
+        backbone = HunyuanDiT2DModel(**config(facts))
+        backbone._repeated_blocks = ["HunyuanDiTBlock"]  # for compiling by block; diffusers names none
+        return backbone
+
     def __init__(
         self,
         backbone: HunyuanDiT2DModel,
@@ -58,7 +66,6 @@ class HunyuanDiT:
         self.dtype = dtype
         self.heads: int = backbone.config.num_attention_heads
         self.call: Callable[..., torch.Tensor] = partial(self.run, backbone)
-        self.cuts: Mapping[str, Cut] = {}
         self._facts = facts
         self._embed: Any = Embed(backbone.pos_embed)
         backbone.pos_embed = self._embed
@@ -177,34 +184,3 @@ def _padded(text: torch.Tensor, mask: torch.Tensor | None, padding: torch.Tensor
     kept, end = text[:, :-count], text[:, -count:]
     end = torch.where(mask[:, -count:, None].bool(), end, padding)  # of the larger batch of the two
     return torch.cat([kept.expand(end.shape[0], -1, -1), end], dim=1)
-
-
-def load(
-    file: WeightFile,
-    facts: Mapping[str, int],
-    prefix: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    divide: Divide = whole,
-) -> HunyuanDiT:
-    """A HunyuanDiT transformer from a file in its makers' layout.
-
-    Args:
-        file: mapped.
-        facts: as `catalog.families.hunyuandit.detect` finds them in it.
-        prefix: of its keys.
-        device: where it goes.
-        dtype: of its parameters and its arithmetic.
-        divide: what leaves a rank its share.
-
-    Raises:
-        XditError: `file_invalid` naming keys.
-    """
-    with torch.device("meta"):
-        backbone = HunyuanDiT2DModel(**config(facts))
-    backbone._repeated_blocks = ["HunyuanDiTBlock"]  # for compiling by block; diffusers names none
-    cuts = divide(backbone, SPLITS)
-    fill(backbone, pieces(facts, prefix), file, device, dtype, cuts)
-    network = HunyuanDiT(backbone, facts, device, dtype)
-    network.cuts = cuts
-    return network

@@ -15,8 +15,6 @@ from xditd.catalog.layouts.pixart import pieces
 from xditd.models.patches import Embed, grid, join, run, split
 from xditd.models.pixart.config import config, scales
 from xditd.models.pixart.splits import SPLITS
-from xditd.models.reading import WeightFile, fill
-from xditd.models.splits import Cut, Divide, whole
 from xditd.models.tokens import Tokens
 
 
@@ -41,6 +39,16 @@ class PixArt:
 
     tokens = Tokens(image={"patches": 1, "places": 1}, attention=(("image",),))
 
+    splits = SPLITS
+    pieces = staticmethod(pieces)
+
+    @staticmethod
+    def empty(facts: Mapping[str, int]) -> PixArtTransformer2DModel:
+        """The module, as the facts have it."""
+        backbone = PixArtTransformer2DModel(**config(facts))
+        backbone._repeated_blocks = ["BasicTransformerBlock"]  # for compiling by block; diffusers names none
+        return backbone
+
     def __init__(
         self,
         backbone: PixArtTransformer2DModel,
@@ -53,7 +61,6 @@ class PixArt:
         self.dtype = dtype
         self.heads: int = backbone.config.num_attention_heads
         self.call: Callable[..., torch.Tensor] = partial(self.run, backbone)
-        self.cuts: Mapping[str, Cut] = {}
         self._facts = facts
         self._embed: Any = Embed(backbone.pos_embed)
         backbone.pos_embed = self._embed
@@ -123,34 +130,3 @@ class PixArt:
             device=device,
         )
         return places.to(self.dtype)[None]
-
-
-def load(
-    file: WeightFile,
-    facts: Mapping[str, int],
-    prefix: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    divide: Divide = whole,
-) -> PixArt:
-    """A PixArt transformer from a file in its makers' layout.
-
-    Args:
-        file: mapped.
-        facts: as `catalog.families.pixart.detect` finds them in it.
-        prefix: of its keys.
-        device: where it goes.
-        dtype: of its parameters and its arithmetic.
-        divide: what leaves a rank its share.
-
-    Raises:
-        XditError: `file_invalid` naming keys.
-    """
-    with torch.device("meta"):
-        backbone = PixArtTransformer2DModel(**config(facts))
-    backbone._repeated_blocks = ["BasicTransformerBlock"]  # for compiling by block; diffusers names none
-    cuts = divide(backbone, SPLITS)
-    fill(backbone, pieces(facts, prefix), file, device, dtype, cuts)
-    network = PixArt(backbone, facts, device, dtype)
-    network.cuts = cuts
-    return network

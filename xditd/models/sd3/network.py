@@ -12,10 +12,8 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from xditd.catalog.layouts.sd3 import pieces
 from xditd.models.patches import Embed, grid, join, run, split
-from xditd.models.reading import WeightFile, fill
 from xditd.models.sd3.config import config
 from xditd.models.sd3.splits import SPLITS
-from xditd.models.splits import Cut, Divide, whole
 from xditd.models.tokens import Tokens
 
 
@@ -36,7 +34,23 @@ class SD3:
         cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
-    def __init__(self, backbone: SD3Transformer2DModel, device: torch.device, dtype: torch.dtype) -> None:
+    splits = SPLITS
+    pieces = staticmethod(pieces)
+
+    @staticmethod
+    def empty(facts: Mapping[str, int]) -> SD3Transformer2DModel:
+        """The module, as the facts have it."""
+        backbone = SD3Transformer2DModel(**config(facts))
+        backbone._repeated_blocks = ["JointTransformerBlock"]  # for compiling by block; diffusers names none
+        return backbone
+
+    def __init__(
+        self,
+        backbone: SD3Transformer2DModel,
+        facts: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = dtype
@@ -48,7 +62,6 @@ class SD3:
             attention=(("image", "text"), *dual),
         )
         self.call: Callable[..., torch.Tensor] = partial(self.run, backbone)
-        self.cuts: Mapping[str, Cut] = {}
         side = backbone.config.pos_embed_max_size
         stock: Any = backbone.pos_embed
         self._places = stock.pos_embed.view(side, side, -1)
@@ -98,34 +111,3 @@ class SD3:
         side = self._places.shape[0]
         top, left = (side - rows) // 2, (side - columns) // 2
         return self._places[top : top + rows, left : left + columns].reshape(1, rows * columns, -1)
-
-
-def load(
-    file: WeightFile,
-    facts: Mapping[str, int],
-    prefix: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    divide: Divide = whole,
-) -> SD3:
-    """An SD3 transformer from a file in its makers' layout.
-
-    Args:
-        file: mapped.
-        facts: as `catalog.families.sd3.detect` finds them in it.
-        prefix: of its keys.
-        device: where it goes.
-        dtype: of its parameters and its arithmetic.
-        divide: what leaves a rank its share.
-
-    Raises:
-        XditError: `file_invalid` naming keys.
-    """
-    with torch.device("meta"):
-        backbone = SD3Transformer2DModel(**config(facts))
-    backbone._repeated_blocks = ["JointTransformerBlock"]  # for compiling by block; diffusers names none
-    cuts = divide(backbone, SPLITS)
-    fill(backbone, pieces(facts, prefix), file, device, dtype, cuts)
-    network = SD3(backbone, device, dtype)
-    network.cuts = cuts
-    return network

@@ -26,7 +26,7 @@ def config(facts: Mapping[str, int]) -> dict[str, Any]:
         "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(crossed)),
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "layers_per_block": RES_BLOCKS,
-        # Of the last level's middle block as well: `network.load` sees that it is.
+        # Of the last level's middle block as well: `reading.fill` sees that it is.
         "transformer_layers_per_block": tuple(depth or 1 for depth in depths),
         "attention_head_dim": tuple(width // HEAD_DIM for width in channels),  # diffusers means the heads
         "cross_attention_dim": facts["context_width"],

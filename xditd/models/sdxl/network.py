@@ -11,7 +11,6 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from xditd.catalog.layouts.sdxl import pieces
-from xditd.models.reading import WeightFile, fill
 from xditd.models.sdxl.config import config
 from xditd.models.tokens import Tokens
 
@@ -35,7 +34,20 @@ class SDXL:
     heads = 1
     tokens = Tokens(image={}, attention=())  # none: it cannot be split
 
-    def __init__(self, backbone: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) -> None:
+    pieces = staticmethod(pieces)
+
+    @staticmethod
+    def empty(facts: Mapping[str, int]) -> UNet2DConditionModel:
+        """The module, as the facts have it."""
+        return UNet2DConditionModel(**config(facts))
+
+    def __init__(
+        self,
+        backbone: UNet2DConditionModel,
+        facts: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = dtype
@@ -68,24 +80,3 @@ class SDXL:
         """The module on a whole latent."""
         output: torch.Tensor = module(**keywords, return_dict=False)[0]
         return output
-
-
-def load(
-    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
-) -> SDXL:
-    """An SDXL UNet from a file in its makers' layout.
-
-    Args:
-        file: mapped.
-        facts: as `catalog.families.sdxl.detect` finds them in it.
-        prefix: of its keys.
-        device: where it goes.
-        dtype: of its parameters and its arithmetic.
-
-    Raises:
-        XditError: `file_invalid` naming keys.
-    """
-    with torch.device("meta"):
-        backbone = UNet2DConditionModel(**config(facts))
-    fill(backbone, pieces(facts, prefix), file, device, dtype)
-    return SDXL(backbone, device, dtype)

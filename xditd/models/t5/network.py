@@ -9,7 +9,7 @@ from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel, T5Stack
 
 from xditd.catalog.families import t5
-from xditd.models.reading import Piece, WeightFile, fill
+from xditd.catalog.layouts.piece import Piece
 from xditd.models.t5.config import config
 from xditd.models.text import additive, embed
 
@@ -17,7 +17,21 @@ from xditd.models.text import additive, embed
 class T5:
     """A T5 encoder. Its blocks are called one by one, because the hidden state of one in the middle may be wanted."""
 
-    def __init__(self, backbone: T5Stack, device: torch.device, dtype: torch.dtype) -> None:
+    @staticmethod
+    def empty(facts: Mapping[str, int]) -> T5Stack:
+        """The module, as the facts have it."""
+        return T5EncoderModel(T5Config(**config(facts))).encoder
+
+    @staticmethod
+    def pieces(facts: Mapping[str, int], prefix: str) -> dict[str, Piece]:
+        """Every parameter, from its makers' layout."""
+        table = {key.removeprefix("encoder."): Piece(prefix + key) for key in t5.parameters(facts)}
+        table["embed_tokens.weight"] = table.pop("shared.weight")
+        return table
+
+    def __init__(
+        self, backbone: T5Stack, facts: Mapping[str, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = dtype
@@ -43,26 +57,3 @@ class T5:
         if layer is None or final_norm:
             x = self.backbone.final_layer_norm(x)
         return x.float(), None
-
-
-def load(
-    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
-) -> T5:
-    """A T5 encoder from a file in its makers' layout.
-
-    Args:
-        file: mapped.
-        facts: as `catalog.families.t5.detect` finds them in it.
-        prefix: of its keys.
-        device: where it goes.
-        dtype: of its parameters and its arithmetic.
-
-    Raises:
-        XditError: `file_invalid` naming keys.
-    """
-    with torch.device("meta"):
-        backbone = T5EncoderModel(T5Config(**config(facts))).encoder
-    pieces = {key.removeprefix("encoder."): Piece(prefix + key) for key in t5.parameters(facts)}
-    pieces["embed_tokens.weight"] = pieces.pop("shared.weight")
-    fill(backbone, pieces, file, device, dtype)
-    return T5(backbone, device, dtype)

@@ -8,14 +8,22 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from xditd.catalog.layouts.autoencoder_kl import pieces
-from xditd.models.reading import WeightFile, fill
 from xditd.models.vae.config import config
 
 
 class Autoencoder:
     """An AutoencoderKL. Latents are unscaled, as ComfyUI's LATENT; images are in 0..1, channels last."""
 
-    def __init__(self, backbone: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
+    pieces = staticmethod(pieces)
+
+    @staticmethod
+    def empty(facts: Mapping[str, int]) -> AutoencoderKL:
+        """The module, as the facts have it."""
+        return AutoencoderKL(**config(facts))
+
+    def __init__(
+        self, backbone: AutoencoderKL, facts: Mapping[str, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = dtype
@@ -31,24 +39,3 @@ class Autoencoder:
         image = image.permute(0, 3, 1, 2).to(self.dtype).mul(2).sub_(1)
         latent: torch.Tensor = self.backbone.encode(image, return_dict=False)[0].mode()
         return latent.float()
-
-
-def load(
-    file: WeightFile, facts: Mapping[str, int], prefix: str, device: torch.device, dtype: torch.dtype
-) -> Autoencoder:
-    """An AutoencoderKL from a file in its makers' layout.
-
-    Args:
-        file: mapped.
-        facts: as `catalog.families.autoencoder_kl.detect` finds them in it.
-        prefix: of its keys.
-        device: where it goes.
-        dtype: of its parameters and its arithmetic.
-
-    Raises:
-        XditError: `file_invalid` naming keys.
-    """
-    with torch.device("meta"):
-        backbone = AutoencoderKL(**config(facts))
-    fill(backbone, pieces(facts, prefix), file, device, dtype)
-    return Autoencoder(backbone, device, dtype)
