@@ -97,6 +97,7 @@ PURE = (
     "daemon/runs.py",
     "daemon/scheduling.py",
     "daemon/states.py",
+    "daemon/tidings.py",
     "daemon/turns.py",
     "daemon/work.py",
     "handoff/records.py",

@@ -268,9 +268,9 @@ def test_status_tells_how_many_are_before_each_that_waits():
     c = world.open(peer=b"c")
     world.denoise(a)
     world.denoise(b)  # a is in its turn: b is next
-    assert world.core.positions(world.now) == {b.id: 0, c.id: 0}
+    assert world.core.tidings.positions(world.now) == {b.id: 0, c.id: 0}
     d = world.open(peer=b"d")
-    assert world.core.positions(world.now)[d.id] == 1
+    assert world.core.tidings.positions(world.now)[d.id] == 1
 
 
 def test_nothing_of_a_client_or_a_group_is_left_in_the_books():

@@ -6,7 +6,7 @@ No socket, clock, process or device is in here, so its tests need none. The way 
     open → queued → its group is ready → `RunOpened` → ask → turns → the answer → ask → … → close
 
 Who there is stands in the `roster`; which of those that wait gets a place, and where, is `placing`'s; what a run with a
-place is asked is done by `jobs`; groups come and go in the `fleet`.
+place is asked is done by `jobs`; groups come and go in the `fleet`; what clients hear of waiting is in the `tidings`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from xditd.daemon.fallback import Ladder
 from xditd.daemon.fleet import LOST, TRIED_AGAIN, Deadlines, Fleet
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.jobs import Jobs
-from xditd.daemon.placing import Placing, opened, rebound
+from xditd.daemon.placing import Placing
 from xditd.daemon.ports import ClientPort, RankPort
 from xditd.daemon.residency import Residency
 from xditd.daemon.roster import Roster
 from xditd.daemon.runs import MAX_REBINDS, Key, Run, Work
+from xditd.daemon.tidings import Tidings
 from xditd.daemon.turns import Turns
 from xditd.daemon.work import failed, spell
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code, XditError
-
-TELL_EVERY = 1.0
-"""Seconds between two looks at who has moved up in the line."""
 
 
 class Dispatcher:
@@ -74,12 +72,14 @@ class Dispatcher:
         self.turns = Turns()
         self.runs = Roster()
         self.descent = Descent(self.fleet, self.runs)
+        self.tidings = Tidings(
+            clients, self.runs, self.fleet.groups, self.turns, self.placing.experience, places
+        )
         self.jobs = Jobs(clients, ranks, self.runs, self.fleet.groups, self.turns)
         self.draining = False
         self._ids = count(1)
         self._settling = False
         self._changed = False  # a run has ended: its place is free
-        self._told_at = 0.0
 
     # -------------------------------------------------------------------------------------- from clients
 
@@ -111,8 +111,7 @@ class Dispatcher:
         self.descent.seat(run, now)
         self.runs.add(run)
         self.settle(now)
-        if run.state == "queued":
-            self._tell([run], now)
+        self.tidings.waiting([run], now)
         return run
 
     def refuse_if_draining(self) -> None:
@@ -135,7 +134,7 @@ class Dispatcher:
         """
         self.jobs.ask(run, work, frames, now)
         if run.untold and run.group:
-            self._tell_rebound(run, work.id)
+            self.tidings.rebound(run, work.id)
 
     def stop(self, run: Run, message: str, now: float) -> None:
         """Ends a run: now, or with the turn that it is in. `ended` tells when."""
@@ -254,9 +253,7 @@ class Dispatcher:
                 message = f"Run {run.id} has waited for {queued:g} s (deadlines.queued); try again later."
                 self._end(run, Code.DEADLINE_EXCEEDED, message, now)
         self.settle(now)
-        if now - self._told_at >= TELL_EVERY:
-            self._told_at = now
-            self._tell(list(self.runs.queued), now)
+        self.tidings.tick(now)
 
     # ------------------------------------------------------------------------------------ from the fleet
 
@@ -273,7 +270,7 @@ class Dispatcher:
         return self.runs.count_on(group) > 0
 
     def group_starting(self, group: Group, now: float) -> None:
-        self._tell(self.runs.waiting_for(group.key), now)
+        self.tidings.waiting(self.runs.waiting_for(group.key), now)
 
     def group_ready(self, group: Group, now: float) -> None:
         self.noticed(group)
@@ -343,11 +340,6 @@ class Dispatcher:
         others = {one.key for one in self.fleet.groups.values() if one not in (group, *besides)}
         return [run for run in self.runs.waiting_for(group.key) if others.isdisjoint(run.keys)]
 
-    def positions(self, now: float) -> dict[int, int]:
-        """How many runs are before each that waits, for a place or for a turn."""
-        queue = self.runs.line.in_order(now)
-        return self.turns.positions() | {run.id: before for before, run in enumerate(queue)}
-
     def _place(self, now: float) -> None:
         """Binds queued runs for which a group is ready that has a place."""
         groups = self.fleet.groups.values()
@@ -366,10 +358,10 @@ class Dispatcher:
         first = not run.announced
         if first:
             run.announced = True
-            self.clients.answer(run.peer, opened(run, group))
+            self.tidings.opened(run, group)
         if run.asked is not None:
             if not first:
-                self._tell_rebound(run, run.asked.work.id)
+                self.tidings.rebound(run, run.asked.work.id)
             self.jobs.begin_anew(run)
 
     def _take_back(self, run: Run, group: Group, lost: bool, now: float) -> None:
@@ -441,20 +433,6 @@ class Dispatcher:
         if self._changed:
             self.settle(now)
 
-    # ----------------------------------------------------------------------------------- telling, inside
-
-    def _tell_rebound(self, run: Run, request: int) -> None:
-        """The run has another group than it had, under a lower plan if `untold`."""
-        event = rebound(run, self.fleet.groups[run.group], request)
-        run.untold = False
-        self.clients.answer(run.peer, event)
-
     def _pass_conditioning(self, run: Run, message: m.PutConditioning, frames: Sequence[Any]) -> None:
         order = o.SetConditioning(run=run.id, key=message.key, tensors=message.tensors, values=message.values)
         self.ranks.order(self.fleet.groups[run.group], order, peer=run.peer, frames=frames)
-
-    def _tell(self, runs: Sequence[Run], now: float) -> None:
-        if runs:
-            queue = self.runs.line.in_order(now)
-            for run, event in self.placing.news(runs, queue, self.fleet.groups.values(), now):
-                self.clients.answer(run.peer, event)

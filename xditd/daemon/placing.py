@@ -1,16 +1,15 @@
-"""Which waiting run gets a place on which group, and what its client hears meanwhile. Decides; does nothing itself."""
+"""Which waiting run gets a place on which group. Decides; does nothing itself."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from xditd.daemon.experience import Experience
 from xditd.daemon.groups import Group
 from xditd.daemon.roster import Roster
 from xditd.daemon.runs import Key, Run
 from xditd.daemon.scheduling import Candidate, Rota
-from xditd.protocol import messages as m
 
 MAX_ROTAS = 256
 """Sets of replicas whose last choice is remembered; past that all begin anew."""
@@ -51,53 +50,6 @@ class Placing:
                 del free[min(free_for_it, key=roster.count_on).key]
         return None
 
-    def news(
-        self, runs: Sequence[Run], line: Sequence[Run], groups: Collection[Group], now: float
-    ) -> Iterator[tuple[Run, m.Queued]]:
-        """While a run waits for its first group, its client hears how far that is, whenever that has changed."""
-        positions = {run.id: position for position, run in enumerate(line)}
-        for run in runs:
-            if run.state != "queued" or run.announced:
-                continue
-            mine = [group for group in groups if group.key in run.keys]
-            starting = next((group for group in mine if group.state in ("starting", "waking")), None)
-            phase, loaded, total = "waiting", 0, 0
-            if starting is not None:
-                phase, (loaded, total) = starting.phase, starting.progress
-            told = positions[run.id], phase, loaded
-            if run.told != told:
-                run.told = told
-                yield (
-                    run,
-                    m.Queued(
-                        re=run.reopen,
-                        run=run.id,
-                        position=told[0],
-                        phase=phase,
-                        estimate=self.seconds_until(told[0], mine, now),
-                        loaded=loaded,
-                        total=total,
-                    ),
-                )
-
-    def seconds_until(self, position: int, groups: Sequence[Group], now: float) -> float | None:
-        """Seconds until a run is let in, by what runs and loads took before; None while that is not known.
-
-        Args:
-            position: runs before it.
-            groups: that could take it.
-        """
-        ready = [group for group in groups if group.state == "ready"]
-        if ready:
-            lasts = self.experience.run_seconds(ready[0].key)
-            return None if lasts is None else round(lasts * (position + 1) / (self.places * len(ready)), 3)
-        loads = [
-            max(0.0, known - (now - group.started))
-            for group in groups
-            if group.state == "starting" and (known := self.experience.load_seconds(group.key)) is not None
-        ]
-        return round(min(loads), 3) if loads else None
-
     def _choose(self, run: Run, fitting: Sequence[Group], roster: Roster, groups: Collection[Group]) -> Group:
         """The replica that the run's scheduling chooses."""
         devices = {group.name: group.devices for group in groups}
@@ -128,25 +80,3 @@ def _with_its_loras(run: Run, groups: Sequence[Group], roster: Roster) -> list[G
     if any(not roster.count_on(group) for group in holding):
         return holding
     return [group for group in groups if group.loras == run.loras or not roster.count_on(group)]
-
-
-def opened(run: Run, group: Group) -> m.RunOpened:
-    """The run has its first place."""
-    return m.RunOpened(
-        re=run.reopen,
-        run=run.id,
-        group=group.name,
-        plan=group.key.plan,
-        model=run.found.info,
-        lora=run.lora,
-        degraded=run.ladder.degraded,
-    )
-
-
-def rebound(run: Run, group: Group, request: int) -> m.Rebound:
-    """The run has another place than it had, under a lower plan where its client has not heard of that."""
-    why = run.ladder.degraded
-    reason = f"{why if run.untold else 'its group died'}; {group.name} goes on with it"
-    return m.Rebound(
-        re=request, run=run.id, group=group.name, reason=reason, plan=group.key.plan, degraded=why
-    )

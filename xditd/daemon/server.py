@@ -197,7 +197,7 @@ class Server:
         dispatcher, arenas = self.dispatcher, self.clients.arenas
         leases = arenas.list() if arenas is not None else []
         groups = dispatcher.fleet.groups.values()
-        positions = dispatcher.positions(now)
+        positions = dispatcher.tidings.positions(now)
         pids = [rank.pid for group in groups for rank in group.ranks if rank.pid and not rank.gone]
         rss = {pid: used for pid in pids if (used := _rss(pid)) is not None}
         names = {s.arena.token: s.name for s in self.clients.sessions.values() if s.arena is not None}
