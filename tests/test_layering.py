@@ -85,6 +85,7 @@ PURE = (
     "catalog/families/*.py",
     "catalog/layouts/*.py",
     "daemon/chronicle.py",
+    "daemon/deadlines.py",
     "daemon/dispatcher.py",
     "daemon/experience.py",
     "daemon/fleet.py",

@@ -9,8 +9,8 @@ from typing import Any
 from msgspec import Struct
 
 from xditd.catalog.catalog import Found, FoundLora
+from xditd.daemon.deadlines import Deadlines
 from xditd.daemon.dispatcher import Dispatcher
-from xditd.daemon.fleet import Deadlines
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.ports import HOST, Memory
 from xditd.daemon.residency import Keep, Residency

@@ -17,9 +17,10 @@ from typing import Any
 
 from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon import states
+from xditd.daemon.deadlines import Deadlines
 from xditd.daemon.descent import Descent
 from xditd.daemon.fallback import Ladder
-from xditd.daemon.fleet import LOST, TRIED_AGAIN, Deadlines, Fleet
+from xditd.daemon.fleet import LOST, TRIED_AGAIN, Fleet
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.jobs import Jobs
 from xditd.daemon.placing import Placing

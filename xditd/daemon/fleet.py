@@ -8,11 +8,12 @@ it listens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 
 from xditd.catalog.catalog import Found
 from xditd.daemon import states
+from xditd.daemon.deadlines import Deadlines
 from xditd.daemon.fallback import Ladder, Lately
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.loads import Load, Loads
@@ -32,18 +33,6 @@ TRIED_AGAIN = LOST | {Code.OUT_OF_MEMORY.value}
 
 _NEAREST = ("ready", "waking", "asleep", "dozing", "starting", "waiting", "failed", "leaving", "gone")
 """States by how soon a group in them, or its replacement, serves."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """Seconds that each phase may take. The first turn may compile."""
-
-    load: float
-    first_turn: float
-    turn: float
-    leave: float
-    run_idle: float
-    queued: float = 86400.0
 
 
 class Fleet:
@@ -273,22 +262,13 @@ class Fleet:
 
     def tick(self, now: float) -> None:
         """Deadlines of starting groups, of turns, of groups that should be gone."""
-        limit = self.deadlines
         for group in list(self.groups.values()):
-            if group.state in ("starting", "dozing", "waking") and now - group.started > limit.load:
-                problem = f"It was not ready within {limit.load:g} s (deadlines.load): still {group.phase}"
+            if problem := self.deadlines.overdue(group, now):
                 self.fail(group, Code.DEADLINE_EXCEEDED, problem, now)
-            elif group.state == "ready" and group.turn is not None:
-                allowed = limit.turn if group.turns else limit.first_turn
-                if now - group.turn_since > allowed:
-                    problem = f"A turn took longer than {allowed:g} s (deadlines.turn): a rank hangs"
-                    self.fail(group, Code.DEADLINE_EXCEEDED, problem, now)
             elif group.state == "gone":
                 if group.restart_at is not None and now >= group.restart_at:
                     self._replace(group, 0.0, now)
-            elif group.state == "waiting":
-                continue
-            elif group.left_at is not None and now - group.left_at > limit.leave:
+            elif group.left_at is not None and now - group.left_at > self.deadlines.leave:
                 group.left_at = now
                 self.ranks.kill(group)
         for group in self.residency.expired(self.groups.values(), self._in_use, now):
@@ -423,16 +403,7 @@ class Fleet:
             group.restart_at = now + delay
         else:
             del self.groups[group.name]  # behind those that wait for room already
-            self.groups[group.name] = Group(
-                group.name,
-                group.generation + 1,
-                group.ref,
-                group.found,
-                group.key,
-                started=now,
-                used=now,
-                degraded=group.degraded,
-            )
+            self.groups[group.name] = group.successor(now)
 
     def _give_up(self, group: Group, code: Code | str, now: float) -> None:
         group.given_up = True

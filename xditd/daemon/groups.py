@@ -76,6 +76,19 @@ class Group:
     def go(self, event: str) -> None:
         self.state = states.after(states.GROUP, self.state, event)
 
+    def successor(self, now: float) -> Group:
+        """The next generation, which waits for room."""
+        return Group(
+            self.name,
+            self.generation + 1,
+            self.ref,
+            self.found,
+            self.key,
+            started=now,
+            used=now,
+            degraded=self.degraded,
+        )
+
     @property
     def alive(self) -> bool:
         return self.state in states.GROUP_ALIVE

@@ -21,9 +21,9 @@ from xditd.daemon import states
 from xditd.daemon.chronicle import Chronicle
 from xditd.daemon.clients import OURSELVES, Clients
 from xditd.daemon.config import Config
+from xditd.daemon.deadlines import Deadlines
 from xditd.daemon.devices import Memories
 from xditd.daemon.dispatcher import Dispatcher
-from xditd.daemon.fleet import Deadlines
 from xditd.daemon.gauges import Gauges
 from xditd.daemon.groups import Restarts
 from xditd.daemon.metrics import Metrics
