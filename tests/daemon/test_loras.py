@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.daemon.world import World
+from xditd.daemon.fallback import Ladder
+from xditd.daemon.groups import Group
 from xditd.daemon.runs import Run
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
@@ -15,6 +19,14 @@ def told(world: World, run: Run) -> list[tuple[str, ...]]:
     kind = o.SetLoras
     orders = [order for _, order in world.orders if isinstance(order, kind) and order.run == run.id]
     return [tuple(merge.path for merge in order.loras) for order in orders]
+
+
+def fails_of(world: World, group: Group, run: Run, code: str, rank: int = 1) -> None:
+    """A rank fails of an order of the run's own, outside of turns."""
+    report = o.RankFailed(
+        rank=rank, order=None, run=run.id, code=code, message="It is.", traceback="", alive=False
+    )
+    world.core.rank_failed(group, report, world.now)
 
 
 def test_a_run_opens_with_what_its_loras_change() -> None:
@@ -52,32 +64,55 @@ def test_runs_with_the_same_set_share_a_group_and_others_wait_until_it_is_empty(
     assert told(world, plain) == [()]  # the weights as they are in the file again
 
 
-def test_a_lora_that_cannot_be_read_any_more_ends_its_run_and_not_the_model() -> None:
-    world = World()
-    run = world.open_ready(loras=[INK])
-    group = world.group(run)
-    innocent = world.open(loras=[INK])
+@pytest.mark.parametrize("code", ["model_not_visible", "out_of_memory"])
+def test_what_fails_of_one_runs_own_order_ends_that_run_and_not_the_model(code: str) -> None:
+    """A LoRA is gone, a conditioning is too large: in a world of ranks the group dies of it, however often it comes."""
+    world = World(restart_limit=3)
+    innocent = world.open_ready(loras=[INK])
     asked = world.denoise(innocent)
-    world.core.rank_failed(
-        group,
-        o.RankFailed(
-            rank=1,
-            order=None,
-            run=run.id,
-            code="model_not_visible",
-            message="/ink is gone.",
-            traceback="",
-            alive=False,
-        ),
-        world.now,
-    )
-    assert (run.state, run.code) == ("ended", "model_not_visible")
-    world.leave(group)
-    world.pass_time(10.0)
-    world.ready(world.started[-1])
-    assert len(world.started) == 2
+    for number in range(1, 5):
+        run = world.open(loras=[INK])
+        group = world.group(run)
+        fails_of(world, group, run, code)
+        assert (run.state, run.code, group.code) == ("ended", code, "rank_lost")
+        fails_of(world, group, run, code, rank=0)  # the other rank has found the same
+        world.leave(group)
+        world.pass_time(10.0)
+        assert len(world.started) == 1 + number, "it is not waited for: the model has failed at nothing"
+        world.ready(world.started[-1])
+    assert (innocent.state, innocent.rebinds) == ("working", 4)
     world.finish_turn(world.group(innocent))
     assert isinstance(world.end_of(asked), m.Denoised)
+
+
+def test_a_run_whose_own_order_was_too_large_goes_on_with_less_where_there_is_less() -> None:
+    world = World()
+    run, innocent = world.open_ready(loras=[INK]), world.open(loras=[INK])
+    two = run.key.plan
+    run.ladder = Ladder.of((two,), (m.Plan(devices=two.devices[:1], reason="one device"),))
+    asked, group = world.denoise(run), world.group(run)
+    fails_of(world, group, run, "out_of_memory", rank=0)
+    assert (run.state, innocent.state) == ("queued", "queued")
+    assert run.key.plan.devices == ("cpu:1",), "not the device on which it failed"
+    world.leave(group)
+    for starting in world.started[1:]:
+        world.ready(starting)
+    world.finish_turn(world.group(run))
+    assert isinstance(world.end_of(asked), m.Denoised)
+    assert innocent.state == "bound"
+
+
+def test_a_run_that_was_cancelled_is_not_lowered_but_ended() -> None:
+    world = World()
+    run = world.open_ready(loras=[INK])
+    two = run.key.plan
+    run.ladder = Ladder.of((two,), (m.Plan(devices=two.devices[:1], reason="one device"),))
+    asked = world.denoise(run)
+    world.core.stop(run, "cancelled", world.now)
+    assert run.state == "working"  # until its turn is over
+    fails_of(world, world.group(run), run, "out_of_memory")
+    assert (run.state, run.code) == ("ended", "run_cancelled")
+    assert isinstance(world.end_of(asked), m.Failed)
 
 
 def test_nobody_passes_a_run_that_waits_for_the_group_to_be_empty() -> None:

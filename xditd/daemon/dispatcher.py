@@ -20,7 +20,7 @@ from xditd.daemon import states
 from xditd.daemon.deadlines import Deadlines
 from xditd.daemon.descent import Descent
 from xditd.daemon.fallback import Ladder
-from xditd.daemon.fleet import LOST, TRIED_AGAIN, Fleet
+from xditd.daemon.fleet import LOST, Fleet
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.jobs import Jobs
 from xditd.daemon.placing import Placing
@@ -229,13 +229,14 @@ class Dispatcher:
         """A rank raised. If it serves on, only the request failed; else the group has."""
         if not report.alive or report.order is None:
             problem = f"Rank {report.rank}: {report.message}"
-            self.fleet.fail(
-                group, self._blamed(group, report, now), problem, now, group.ranks[report.rank].device
-            )
-            return
-        run = self.jobs.turn_over(group, report.order, now)
-        if run is not None and run.asked is not None and not self._left(run, now):
-            self.jobs.refuse(run, run.asked, report.code, report.message, now)
+            group.culprit = group.ranks[report.rank].device
+            own = self._blame(group, report, now)
+            code = Code.RANK_LOST if own else report.code
+            self.fleet.fail(group, code, problem, now, group.culprit, strike=not own)
+        else:
+            run = self.jobs.turn_over(group, report.order, now)
+            if run is not None and run.asked is not None and not self._left(run, now):
+                self.jobs.refuse(run, run.asked, report.code, report.message, now)
         self._after_turn(now)
 
     # ------------------------------------------------------------------------------------ from the clock
@@ -369,7 +370,7 @@ class Dispatcher:
         """The run's group failed: it waits for the next one, a limited number of times over one request."""
         if lost and run.asked is not None:
             run.rebinds += 1
-            run.asked.rebinds += 1
+            run.asked.rebinds += 0 if group.excused else 1
         if run.asked is not None and run.asked.rebinds > MAX_REBINDS:
             if self._lower(run, group, Code.RANK_LOST, group.problem, now):
                 return
@@ -419,14 +420,17 @@ class Dispatcher:
         self._changed = True
         self.ended(run)
 
-    def _blamed(self, group: Group, report: o.RankFailed, now: float) -> str:
-        """What it failed of. An order of one run's own would fail every group: that run ends; to the others this one is lost."""
-        if report.order is not None or report.run is None or report.code in TRIED_AGAIN:
-            return report.code
+    def _blame(self, group: Group, report: o.RankFailed, now: float) -> bool:
+        """Whether it failed of an order of one run's own, as every group would: that run ends, or goes on with less."""
+        if report.order is not None or report.run is None or report.code in LOST:
+            return False
         run = self.runs.get(report.run)
-        if run is not None and run.group == group.name:
-            self._end(run, report.code, report.message, now)
-        return Code.RANK_LOST.value
+        there = run is not None and self.fleet.groups.get(run.group) is group
+        if run is not None and there and not self._left(run, now):
+            self.turns.forget(run.id)
+            if run.asked is None or not self._lower(run, group, report.code, report.message, now):
+                self._end(run, report.code, report.message, now)
+        return True
 
     def _after_turn(self, now: float) -> None:
         """The devices are free; where a run ended with the turn, its place is too."""

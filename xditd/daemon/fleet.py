@@ -28,9 +28,6 @@ from xditd.protocol.errors import Code, XditError
 LOST = frozenset({Code.RANK_LOST.value, Code.DEADLINE_EXCEEDED.value})
 """Codes of a group whose ranks died or hung. Another group may well do what this one could not."""
 
-TRIED_AGAIN = LOST | {Code.OUT_OF_MEMORY.value}
-"""Those that it does not follow from a run's own order that every group would have."""
-
 _NEAREST = ("ready", "waking", "asleep", "dozing", "starting", "waiting", "failed", "leaving", "gone")
 """States by how soon a group in them, or its replacement, serves."""
 
@@ -239,18 +236,35 @@ class Fleet:
             self._gone(group, now)
         self.listener.settle(now)
 
-    def fail(self, group: Group, code: Code | str, problem: str, now: float, culprit: str = "") -> None:
-        """Kills the group, for what happened on the device `culprit`, if it is known. A load that raised, or took too long, would again: it is given up at once."""
+    def fail(
+        self,
+        group: Group,
+        code: Code | str,
+        problem: str,
+        now: float,
+        culprit: str = "",
+        *,
+        strike: bool = True,
+    ) -> None:
+        """Kills the group. A load that raised, or took too long, would again: it is given up at once.
+
+        Args:
+            culprit: the device on which it happened, if it is known.
+            strike: whether it counts against the model, and as a loss of the requests under way; what an order of one
+                run's own brought about does not.
+        """
         if not group.alive:
             return
         before = group.state
         group.go("fail")
         group.code, group.problem, group.left_at, group.culprit = spell(code), problem, now, culprit
+        group.excused = not strike
         if before == "waiting":  # it never had a process: nothing failed that could be tried again
             del self.groups[group.name]
             self._give_up(group, code, now)
             return
-        self.restarts.failed(group.key, now)
+        if strike:
+            self.restarts.failed(group.key, now)
         self.ranks.kill(group)
         self.listener.group_failed(group, now)
         if before == "starting" and group.code != Code.RANK_LOST.value:

@@ -58,6 +58,7 @@ class Group:
     problem: str = ""
     code: str = ""
     culprit: str = ""  # the device on which it failed, where that is known
+    excused: bool = False  # it failed of what one run brought with it: that counts against nobody else
     degraded: str = ""  # the plan that it stands in for, and why
     given_up: bool = False  # who waited for it was told that it does not come
     spare: bool = False  # a further replica: it starts only where that drives nobody out
