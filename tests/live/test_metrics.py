@@ -206,6 +206,11 @@ def exported(page: Page) -> set[str]:
     return names
 
 
+def documented() -> list[str]:
+    """Names in the table of docs/metrics.md."""
+    return re.findall(r"^\| `(xditd_\w+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+
+
 def test_the_dashboard_asks_only_for_what_is_exported(service, port):
     board = json.loads((ROOT / "docs/grafana/xditd.json").read_text())
     assert board["uid"] == "xditd"
@@ -222,8 +227,19 @@ def test_the_dashboard_asks_only_for_what_is_exported(service, port):
     assert len(asked) >= 15
 
 
+def test_the_dashboard_leaves_nothing_out_that_is_documented():
+    """In a panel, or, as xditd_info, in what there is to choose from above them."""
+    board = json.loads((ROOT / "docs/grafana/xditd.json").read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    asked += [variable["query"] for variable in board["templating"]["list"]]
+    there = {
+        re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"\bxditd_\w+", " ".join(asked))
+    }
+    assert set(documented()) - there == set()
+
+
 def test_the_documentation_lists_exactly_what_is_exported(service, port):
-    rows = re.findall(r"^\| `(xditd_\w+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    rows = documented()
     families = Page(port).families.values()
     there = {
         f.name + ("_total" if f.type == "counter" else "") for f in families if f.name.startswith("xditd")
