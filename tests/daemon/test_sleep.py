@@ -154,6 +154,31 @@ def test_one_that_was_put_to_sleep_for_another_and_is_wanted_again_comes_behind_
     assert other.state == "bound"
 
 
+def test_a_run_that_comes_when_the_last_one_has_given_up_has_not_waited_for_its_time_too():
+    world, _ = asleep(memory_total=4, patience=5.0)
+    other = world.open_ready(ref=VAE)
+    world.core.stop(world.open(), "given up", world.now)
+    world.pass_time(8.0)
+    run = world.open(peer=b"late")
+    assert (run.state, world.core.fleet.held) == ("queued", frozenset())
+    world.pass_time(4.0)
+    assert world.core.fleet.held == frozenset()
+    world.pass_time(2.0)
+    assert world.core.fleet.held == {other.group}
+
+
+def test_nor_is_one_that_sleeps_ended_at_once_for_what_another_program_holds():
+    world, group = asleep(memory_total=9)
+    world.memory_others = 7
+    world.core.stop(world.open(), "given up", world.now)
+    world.pass_time(60.0)
+    run = world.open(peer=b"late")
+    assert (run.state, group.state) == ("queued", "asleep")
+    world.memory_others = 0
+    world.pass_time(1.0)
+    assert group.state == "waking"
+
+
 def test_it_can_be_put_to_sleep_by_name_but_not_under_a_run():
     world, group = idle(keep=Keep())
     world.core.sleep([group], world.now)

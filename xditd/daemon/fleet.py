@@ -135,14 +135,13 @@ class Fleet:
         A group that waits in vain keeps those behind it out of the memory that it needs, and after a while
         (`Residency.patience`) has runs kept off the groups that are in its way: so it comes to its turn.
         """
-        waiting = [
-            group
-            for group in self.groups.values()
-            if group.state == "waiting" or (group.state == "asleep" and self._called(group))
-        ]
-        for group in waiting:
-            if group.asked is None:
-                group.asked = now
+        waiting: list[Group] = []
+        for group in self.groups.values():
+            if group.state == "waiting" or (group.state == "asleep" and self._called(group)):
+                group.asked = now if group.asked is None else group.asked
+                waiting.append(group)
+            elif group.state == "asleep":  # who called it is gone: the next has waited for no time
+                group.asked = None
         waiting.sort(key=lambda group: group.asked or now)
         spoken_for: set[str] = set()
         held: set[str] = set()
