@@ -278,8 +278,8 @@ def test_how_long_a_model_takes_to_load_is_not_learned_from_its_waking():
     assert world.core.placing.experience.load_seconds(group.key) == before
 
 
-def test_a_sleeping_replica_is_not_taken_for_one_that_may_be_forgotten():
-    """A further replica starts only where that drives nobody out; asleep, it has processes."""
+def replicas_asleep() -> World:
+    """Two replicas of a model, each on a device that has room for one model."""
     world = World(devices=("cuda:0", "cuda:1"), keep=TEN, memory_total=4)
     runs = [world.open(replicas=2) for _ in range(2)]
     for group in list(world.started):
@@ -289,6 +289,44 @@ def test_a_sleeping_replica_is_not_taken_for_one_that_may_be_forgotten():
     world.pass_time(11.0)
     for group in world.started:
         world.rest(group, asleep=True)
+    assert [group.state for group in world.started] == ["asleep", "asleep"]
+    return world
+
+
+def test_a_further_replica_that_sleeps_drives_nobody_out():
+    world = replicas_asleep()
+    other = world.open_ready(ref=VAE, devices=("cuda:1",))
+    there = world.group(other)
+    world.core.stop(other, "done", world.now)
+    run = world.open(replicas=2)
+    world.pass_time(1.0)
+    waking, further = world.started[:2]
+    assert [waking.state, further.state, there.state] == ["waking", "asleep", "ready"]
+    world.rest(waking, asleep=False)
+    assert (run.group, further.state, there.state) == (waking.name, "asleep", "ready")
+
+
+def test_where_every_replica_sleeps_and_none_has_room_one_of_them_gets_some():
+    world = replicas_asleep()
+    for device in world.devices:
+        world.core.stop(world.open_ready(ref=VAE, devices=(device,)), "done", world.now)
+    first, second = world.started[-2:]
+    world.open(replicas=2)
+    assert [first.state, second.state] == ["dozing", "ready"]
+
+
+def test_a_load_of_all_replicas_has_every_one_of_them_wake():
+    world = replicas_asleep()
+    other = world.open_ready(ref=VAE, devices=("cuda:1",))
+    there = world.group(other)
+    world.core.stop(other, "done", world.now)
+    world.load(replicas=2)
+    assert there.state == "dozing"
+
+
+def test_a_sleeping_replica_is_not_taken_for_one_that_may_be_forgotten():
+    """A further replica starts only where that drives nobody out; asleep, it has processes."""
+    world = replicas_asleep()
     blocks = world.open_ready(ref=VAE, devices=("cuda:1",))
     world.open(replicas=2)
     world.open(peer=b"another", replicas=2)

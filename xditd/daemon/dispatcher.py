@@ -11,7 +11,7 @@ place is asked is done by `jobs`; groups come and go in the `fleet`; what client
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import count
 from typing import Any
 
@@ -262,8 +262,10 @@ class Dispatcher:
     def wanted(self, group: Group) -> bool:
         return any(group.key in run.keys for run in self.runs.values())
 
-    def depends(self, group: Group) -> bool:
-        return bool(self._hopeless(group))
+    def depends(self, group: Group, others: Set[Key] | None = None) -> bool:
+        if others is None:
+            return bool(self._hopeless(group))
+        return any(others.isdisjoint(run.keys) for run in self.runs.waiting_for(group.key))
 
     def uses(self, group: Group) -> bool:
         return self.holds(group) or bool(self.runs.waiting_for(group.key))

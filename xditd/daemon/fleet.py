@@ -132,6 +132,8 @@ class Fleet:
         They come in the order in which they were asked for: one that was put to sleep for another, and is wanted again at
         once, is behind that other.
 
+        A further replica, one that nobody depends on, drives nobody out: it comes where there is room, or not.
+
         A group that waits in vain keeps those behind it out of the memory that it needs, and after a while
         (`Residency.patience`) has runs kept off the groups that are in its way: so it comes to its turn.
         """
@@ -145,6 +147,7 @@ class Fleet:
         waiting.sort(key=lambda group: group.asked or now)
         spoken_for: set[str] = set()
         held: set[str] = set()
+        before: set[Key] = set()
         for group in waiting:
             needs = set(self.residency.needs(group.found, group.key))
             if group.state == "waiting" and not self._wanted(group):
@@ -157,6 +160,8 @@ class Fleet:
                 if group.spare and not self.listener.depends(group):
                     del self.groups[group.name]
                     continue
+                if group.state == "asleep" and self._further(group, before):
+                    continue
                 if verdict.never:
                     self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now, verdict.where)
                     continue
@@ -167,6 +172,7 @@ class Fleet:
                     one.problem = f"Ended to make room for {group.ref.name}"
                     self.leave(one, now)
             spoken_for |= needs
+            before.add(group.key)
         self.held = frozenset(held)
 
     def free_memory(self, nbytes: int, devices: Sequence[str], now: float) -> list[Group]:
@@ -319,6 +325,11 @@ class Fleet:
     def _called(self, group: Group) -> bool:
         """Whether somebody waits for one that sleeps."""
         return self.listener.uses(group) or self.loads.wants(group.key)
+
+    def _further(self, group: Group, before: set[Key]) -> bool:
+        """Whether all who wait for one that sleeps could go to another that serves, comes, or waits for room `before` it."""
+        coming = {one.key for one in self.groups.values() if one.state in ("ready", "starting", "waking")}
+        return not self.loads.wants(group.key) and not self.listener.depends(group, coming | before)
 
     def _find(self, key: Key) -> Group | None:
         """The group for a key that serves, or will soonest."""

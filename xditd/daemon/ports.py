@@ -4,7 +4,7 @@ And what the fleet tells the dispatcher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from xditd.daemon.fallback import Ladder
 from xditd.daemon.groups import Group
-from xditd.daemon.runs import Run
+from xditd.daemon.runs import Key, Run
 from xditd.protocol.errors import Code
 from xditd.protocol.plans import ModelRef
 
@@ -63,8 +63,8 @@ class Listener(Protocol):
     def wanted(self, group: Group) -> bool:
         """Whether a run counts on such a group: it waits for it, or is bound to it or to another replica."""
 
-    def depends(self, group: Group) -> bool:
-        """Whether a run waits for it that could go to no other."""
+    def depends(self, group: Group, others: Set[Key] | None = None) -> bool:
+        """Whether a run waits for it that could go to no other, or to none with one of these keys."""
 
     def uses(self, group: Group) -> bool:
         """Whether a run is bound to it, or waits for such a group."""
