@@ -159,7 +159,7 @@ LATENT = {
     "hunyuandit_1.1": tensor(1, 4, 33, 50),
     "sdxl": tensor(1, 4, 33, 50),
 }
-STAGED = ("sd3_medium",)
+STAGED = ("sd3_medium", "pixart_alpha")
 """Those that pipefusion deals out."""
 
 HIGHEST = {"sd3_medium": 1000.0, "pixart_alpha": 999.0, "hunyuandit_1.1": 999.0, "sdxl": 999.0}

@@ -14,9 +14,12 @@ import torch
 
 from tests.rank.families import CASES, normal
 from tests.rank.ranks import Ranks, framed, running, tensor_of
-from tests.rank.reference import Reference, error, euler
+from tests.rank.reference import CPU, Reference, error, euler
+from xditd.catalog.families import pixart
 from xditd.models.making import flux_facts, make_flux
 from xditd.protocol import orders
+from xditd.rank.noising import noising
+from xditd.rank.sampling import Sampling
 
 FLUX = {"heads": 4, "head_dim": 32, "context_width": 256, "pooled_width": 64, "double_blocks": 2}
 TOLERANCE = 1e-5
@@ -217,7 +220,6 @@ def test_previews_are_those_of_the_step_before(world: World) -> None:
 
 def test_a_multistep_sampler_is_that_of_one_process(world: World, tmp_path: Path) -> None:
     given, noise = world.conditioning(15), normal(1, 16, *world.sizes[-1], seed=4)
-    from xditd.rank.sampling import Sampling
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return x - sigma * world.velocity(x, float(sigma), given)
@@ -229,3 +231,52 @@ def test_a_multistep_sampler_is_that_of_one_process(world: World, tmp_path: Path
     latent = world.sample(22, noise, sampler="dpmpp_2m", warmup=6)
     world.ranks.send(orders.ForgetRun(run=22))
     assert error(latent, loop.result()) < TOLERANCE
+
+
+def test_a_pipeline_takes_out_noise_that_is_no_flow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PixArt is shown x scaled, and predicts eps. With one step of warm-up the result is close, and no more."""
+    case, sigmas = CASES["pixart_sigma"], (14.6, 7.0, 2.0, 0.5, 0.0)
+    path = case.make(tmp_path / "model.safetensors")
+    kind = noising(pixart.noise({}), CPU)
+    positive, negative = case.conditioning(31), case.conditioning(15)
+    noise = normal(1, 4, *case.sizes[1], seed=1)
+    with running(tmp_path, path=path, family="pixart", pipefusion=2, wait=False) as ranks:
+        predict = case.reference(path)
+
+        def x0(x: torch.Tensor, sigma: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            shown, t = kind.shown(x, sigma)
+            return kind.denoised(x, predict(shown, t[None], given), sigma)
+
+        def guided(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            without = x0(x, sigma, negative)
+            return without + (x0(x, sigma, positive) - without) * 3.0
+
+        def expected(denoise: Any) -> torch.Tensor:
+            loop = Sampling("dpmpp_2m", sigmas, noise, None, denoise, kind)
+            for step in range(loop.steps):
+                loop.step(step)
+            return loop.result()
+
+        alone, both = expected(lambda x, sigma: x0(x, sigma, positive)), expected(guided)
+        ranks.ready()
+        world = World("pixart_sigma, pipefusion2", ranks, case.sizes, case.conditioning, _unasked)
+        ranks.condition(1, "c", positive)
+        ranks.condition(1, "n", negative)
+        exact = error(world.sample(1, noise, sigmas, sampler="dpmpp_2m", warmup=4), alone)
+        again = error(
+            world.sample(1, noise, sigmas, sampler="dpmpp_2m", warmup=4, negative="n", cfg=3.0), both
+        )
+        near = error(world.sample(1, noise, sigmas, sampler="dpmpp_2m"), alone)
+    with capsys.disabled():
+        print(
+            f"\n  {world.name}, dpmpp_2m, warm-up 4 of 4: {exact:.1e}, guided {again:.1e}; 1 of 4: {near:.1e}",
+            end="",
+        )
+    assert max(exact, again) <= TOLERANCE
+    assert TOLERANCE < near < 1
+
+
+def _unasked(x: torch.Tensor, t: float, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    raise AssertionError("PixArt predicts no velocity")

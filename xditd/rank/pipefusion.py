@@ -108,6 +108,7 @@ class PipeFusion:
         self._stages = stages
         self._links = links
         self._transfer = transfer
+        self._noising = noising(network.noise, transfer.device)
         self._loras: dict[int, tuple[orders.Merge, ...]] = {}
         self._conditionings: dict[int, dict[str, Any]] = {}
         self._jobs: dict[int, Job] = {}
@@ -140,7 +141,7 @@ class PipeFusion:
         latent = None
         if order.latent is not None:
             latent = self._transfer.receive(order.latent, frames, keep=True).float()
-        whole = Sampling(order.sampler, order.sigmas, noise, latent, _nothing)
+        whole = Sampling(order.sampler, order.sigmas, noise, latent, _nothing, self._noising)
         tokens = self._stages.pack(whole.x)
         count = min(order.patches or self._links.stages, tokens.shape[1])
         shares = Shares.of(tokens.shape[1], count)
@@ -159,7 +160,9 @@ class PipeFusion:
             start = None if latent is None else self._stages.pack(latent)
             for begin, end in job.spans:
                 begun = None if start is None else start[:, begin:end]
-                part = Sampling(order.sampler, order.sigmas, unit[:, begin:end], begun, _nothing)
+                part = Sampling(
+                    order.sampler, order.sigmas, unit[:, begin:end], begun, _nothing, self._noising
+                )
                 job.parts.append(part)
         self._jobs[order.run] = job
 
@@ -170,14 +173,14 @@ class PipeFusion:
         self._links.begin_turn()
         self._network.loras.hold(self._loras.get(order.run, ()))
         sigma = torch.tensor(job.begun.sigmas[order.step], dtype=torch.float32, device=self._transfer.device)
-        _, time = noising(self._network.noise, sigma.device).shown(sigma, sigma)  # a flow shows x as it is
+        _, time = self._noising.shown(sigma, sigma)
         t = time.expand(job.shape[0])
         mine = [i for i in range(len(job.calls)) if i % self._links.pipelines == self._links.pipeline]
         given = {i: self._stages.give(job.shape, t, job.calls[i]) for i in mine}
         spans = job.spans_of(order.step)
         arriving = [] if self._links.is_first else self._expect(job, spans, mine)
         for span in spans:
-            predictions = {i: self._compute(job, i, given[i], span, arriving) for i in mine}
+            predictions = {i: self._compute(job, i, given[i], span, sigma, arriving) for i in mine}
             if self._links.is_last:
                 self._advance(job, order.step, span, predictions, sigma)
         if self._links.is_first:
@@ -209,12 +212,12 @@ class PipeFusion:
         ]
 
     def _compute(
-        self, job: Job, call: int, given: Any, span: Span, arriving: list[Arriving]
+        self, job: Job, call: int, given: Any, span: Span, sigma: torch.Tensor, arriving: list[Arriving]
     ) -> torch.Tensor | None:
         """This stage's part of a call on a span; on the last stage what the network predicts."""
         if self._links.is_first:
-            tokens = self._received(job, span).to(self._network.dtype)
-            stream = self._stages.enter(tokens, given, span)
+            shown, _ = self._noising.shown(self._received(job, span), sigma)
+            stream = self._stages.enter(shown.to(self._network.dtype), given, span)
         else:
             stream = Stream(self._stages.text(job.calls[call]), arriving.pop(0).wait())
         self._stages.recall.set(job.kept[call] if job.kept else None, span, job.count)
@@ -235,9 +238,9 @@ class PipeFusion:
         sigma: torch.Tensor,
     ) -> None:
         """Advances the loop of a span's patches, and sends the first stage what they have become."""
-        velocities = self._exchange(job, span, predictions)
+        outputs = self._exchange(job, span, predictions)
         x = torch.cat([part.x for part in self._parts(job, span)], 1)
-        denoised, *without = (x - velocity.float() * sigma for velocity in velocities)
+        denoised, *without = (self._noising.denoised(x, output.float(), sigma) for output in outputs)
         if without:
             denoised = without[0] + (denoised - without[0]) * job.begun.cfg
         begin = 0
