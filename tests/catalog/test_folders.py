@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.catalog.sparse_files import FLUX_DEV, FLUX_VAE, SMALL_FLUX, entries, header_of, write
+from tests.catalog.test_text_encoders import TINY_CLIP, TINY_T5
 from tests.catalog.test_transformers import SDXL
 from xditd.catalog.catalog import Catalog
 from xditd.catalog.detection import recognise
-from xditd.catalog.families import t5
+from xditd.catalog.families import clip, t5
 from xditd.catalog.layouts import LAYOUTS
 from xditd.catalog.roots import model_roots
 from xditd.protocol.errors import Code, XditError
@@ -194,6 +195,42 @@ def test_a_shard_that_is_a_link_out_of_the_model_folders_is_refused(catalog, flu
 def test_a_model_index_that_is_none_gives_no_part(catalog, pipeline, text):
     (pipeline / "model_index.json").write_text(text)
     assert refusal(catalog, kind="checkpoints").code in (Code.FILE_INVALID, Code.UNKNOWN_FAMILY)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 7)
+
+
+def quantise(folder: Path) -> None:
+    quantised = {"encoder.block.0.layer.0.SelfAttention.q.weight.quant_state.bitsandbytes__nf4": (8,)}
+    write(folder / "diffusion_pytorch_model.safetensors", entries(t5.parameters(TINY_T5) | quantised))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "words"),
+    [
+        (truncate, Code.FILE_INVALID, "text_encoder_2/diffusion_pytorch_model.safetensors is truncated"),
+        (quantise, Code.NOT_BUILT, "text_encoder_2 is quantised as bitsandbytes' NF4"),
+    ],
+)
+def test_a_pipelines_broken_text_encoder_says_what_is_wrong_with_it(catalog, pipeline, spoil, code, words):
+    saved(pipeline / "text_encoder", clip.parameters(TINY_CLIP))
+    saved(pipeline / "text_encoder_2", t5.parameters(TINY_T5))
+    table = json.loads((pipeline / "model_index.json").read_text()) | {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+    }
+    (pipeline / "model_index.json").write_text(json.dumps(table))
+    whole = {info.part for info in catalog.list("checkpoints")[0]}
+    assert "t5xxl" in whole
+    spoil(pipeline / "text_encoder_2")
+    error = refusal(catalog, kind="checkpoints", part="t5xxl")
+    assert (error.code, words in error.message) == (code, True), error.message
+    models, skipped = catalog.list("checkpoints")
+    assert {info.part for info in models} == whole - {"t5xxl"}
+    assert [(each.name, each.code) for each in skipped] == [("flux", code.value)], "said once"
 
 
 @pytest.mark.parametrize(

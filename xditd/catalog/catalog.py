@@ -263,7 +263,11 @@ def _recognised(kind: str, header: Header) -> dict[str, Recognised | XditError]:
 
 
 def _read_pipeline(kind: str, name: str, path: str) -> dict[str, Recognised | XditError]:
-    """Each part from the folder that the pipeline has for it."""
+    """Each part from the folder that the pipeline has for it.
+
+    Which text encoder a folder has is told by its keys. Where those cannot be read, it may be any that is missing: each of
+    these then says why.
+    """
     listed = folders.parts(path, f"{kind}/{name}")
     missing = XditError(
         Code.UNKNOWN_FAMILY,
@@ -271,6 +275,7 @@ def _read_pipeline(kind: str, name: str, path: str) -> dict[str, Recognised | Xd
     )
     parts: dict[str, Recognised | XditError] = dict.fromkeys(PARTS[kind], missing)
     with_bert = "BertModel" in listed.values()
+    unread: list[XditError] = []
     for below in listed:
         part = folders.PARTS.get(below, "text_encoder")
         try:
@@ -282,6 +287,11 @@ def _read_pipeline(kind: str, name: str, path: str) -> dict[str, Recognised | Xd
             part = folders.text_part(found.family, found.variant, with_bert)
         if part in parts:
             parts[part] = found
+        elif isinstance(found, XditError):
+            unread.append(found)
+    if unread:
+        texts = [part for part, found in parts.items() if role(part) == "text_encoder" and found is missing]
+        parts |= dict.fromkeys(texts, unread[0])
     return parts
 
 
@@ -296,7 +306,8 @@ def _worth_saying(parts: dict[str, Recognised | XditError]) -> Iterator[XditErro
     if len(errors) == len(parts):
         yield errors[0]
     else:
-        yield from (error for error in errors if error.code != Code.UNKNOWN_FAMILY)
+        said = {error.message: error for error in errors if error.code != Code.UNKNOWN_FAMILY}
+        yield from said.values()  # each once, though several parts may have it
 
 
 def _part(kind: str, ref: ModelRef) -> str:
