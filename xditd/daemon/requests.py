@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +18,7 @@ from xditd.catalog import families
 from xditd.catalog.catalog import Catalog, Found, FoundLora
 from xditd.catalog.roots import ALIASES
 from xditd.daemon import choices, dtypes, planner
+from xditd.daemon.departures import Departure, Departures
 from xditd.daemon.devices import Device, Memories
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fallback import Ladder
@@ -34,22 +34,6 @@ from xditd.protocol.errors import Code, XditError
 from xditd.protocol.plans import LoraRef
 
 log = logging.getLogger("xditd.requests")
-
-
-@dataclass(frozen=True, slots=True)
-class Departure:
-    """Groups that were told to leave, or to sleep, and the memory of their devices before."""
-
-    groups: list[Group]
-    before: tuple[m.MemoryStatus, ...]
-
-    sleep: bool = False
-
-    @property
-    def over(self) -> bool:
-        if self.sleep:
-            return not any(group.state == "dozing" for group in self.groups)
-        return all(group.state == "gone" for group in self.groups)
 
 
 PIPELINED = ("euler", "dpmpp_2m", "ddim")
@@ -89,7 +73,6 @@ class Requests:
         self.dispatcher = dispatcher
         self.catalog = catalog
         self.devices = {device.name: device for device in devices}
-        self.memories = memories
         self.dtype = dtype
         self.fallback = fallback
         self.runs_per_client = runs_per_client
@@ -99,10 +82,8 @@ class Requests:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: dict[int, list[tuple[bytes, Struct]]] = {}  # run → answers due when it has ended
         self._draining: list[tuple[bytes, m.Drain]] = []
-        self._leaving: list[tuple[bytes, m.Unload | m.Sleep | m.FreeMemory, Departure]] = []
+        self._departures = Departures(clients, dispatcher, memories, self.devices)
         dispatcher.ended = self._ended
-        dispatcher.gone = lambda group, now: self._departed()
-        dispatcher.asleep = self._departed
 
     def handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:
         """Does what a request asks; its answer follows through the port, at once or later.
@@ -255,19 +236,17 @@ class Requests:
 
     def _unload(self, session: Session, message: m.Unload, now: float) -> None:
         groups = self._meant(message)
-        departure = Departure(groups, self._memory(group.devices for group in groups))
+        before = self._departures.memory(device for group in groups for device in group.devices)
         self.dispatcher.unload(groups, message.force, now)
         log.info("Unloaded by %s: %s.", session.name, ", ".join(group.name for group in groups))
-        self._leaving.append((session.peer, message, departure))
-        self._departed()
+        self._departures.add(Departure(session.peer, message, groups, before))
 
     def _sleep(self, session: Session, message: m.Sleep, now: float) -> None:
         groups = self._meant(message)
-        before = self._memory(group.devices for group in groups)
+        before = self._departures.memory(device for group in groups for device in group.devices)
         self.dispatcher.sleep(groups, now)
         log.info("Put to sleep by %s: %s.", session.name, ", ".join(group.name for group in groups))
-        self._leaving.append((session.peer, message, Departure(groups, before, sleep=True)))
-        self._departed()
+        self._departures.add(Departure(session.peer, message, groups, before))
 
     def _meant(self, message: m.Unload | m.Sleep) -> list[Group]:
         """The groups that a request names."""
@@ -280,51 +259,10 @@ class Requests:
 
     def _free_memory(self, session: Session, message: m.FreeMemory, now: float) -> None:
         devices = planner.devices(message.devices, list(self.devices))
-        before = self._memory([devices])
+        before = self._departures.memory(devices)
         groups = self.dispatcher.fleet.free_memory(message.bytes, devices, now)
         log.info("Freed for %s: %s.", session.name, ", ".join(group.name for group in groups) or "nothing")
-        self._leaving.append((session.peer, message, Departure(groups, before)))
-        self._departed()
-
-    def _departed(self) -> None:
-        """Answers those whose groups are gone, with what memory there is now."""
-        for peer, message, left in [entry for entry in self._leaving if entry[2].over]:
-            self._leaving.remove((peer, message, left))
-            names = tuple(group.name for group in left.groups)
-            after = self._memory([[one.device for one in left.before]])
-            if isinstance(message, m.Unload):
-                answer: Struct = m.Unloaded(re=message.id, groups=names, before=left.before, after=after)
-            elif isinstance(message, m.Sleep) and (ended := [g for g in left.groups if not g.alive]):
-                why = ended[0].problem or f"{ended[0].name} ended on its way to sleep."
-                answer = failed(message.id, ended[0].code or Code.RANK_LOST, why)
-            elif isinstance(message, m.Sleep):
-                answer = m.Slept(re=message.id, groups=names, before=left.before, after=after)
-            else:
-                there = {one.device for one in left.before}
-                stayed = tuple(
-                    group.name
-                    for group in self.dispatcher.fleet.groups.values()
-                    if group.alive and self.dispatcher.uses(group) and not there.isdisjoint(group.devices)
-                )
-                answer = m.MemoryFreed(
-                    re=message.id, groups=names, in_use=stayed, before=left.before, after=after
-                )
-            self.clients.answer(peer, answer)
-
-    def _memory(self, named: Iterable[Iterable[str]]) -> tuple[m.MemoryStatus, ...]:
-        """What devices say of their memory now, and what the models on them are counted with."""
-        wanted = {name for names in named for name in names}
-        fleet = self.dispatcher.fleet
-        figures = {name: self.memories.total_and_used(name) for name in self.devices if name in wanted}
-        return tuple(
-            m.MemoryStatus(
-                device=name,
-                total=total,
-                used=used,
-                models=fleet.residency.resident(fleet.groups.values(), name),
-            )
-            for name, (total, used) in figures.items()
-        )
+        self._departures.add(Departure(session.peer, message, groups, before))
 
     # --------------------------------------------------------------------------------------------- runs
 
