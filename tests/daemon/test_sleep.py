@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.daemon.world import VAE, World
+from xditd.daemon.chronicle import Chronicle
 from xditd.daemon.groups import Group
+from xditd.daemon.requests import Requests
 from xditd.daemon.residency import Keep
+from xditd.daemon.sight import Sight
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import XditError
@@ -254,6 +259,24 @@ def test_one_that_can_not_wake_is_replaced():
     assert (again.name, again.generation) == (group.name, 2)
     world.ready(again)
     assert run.group == again.name
+
+
+def test_a_request_to_sleep_is_refused_once_where_a_rank_dies_on_the_way():
+    """It is told when the last of the ranks is gone, and not again when another group goes."""
+    world, group = idle(keep=Keep())
+    sight = Sight(Chronicle(world.answer, lambda: world.now))
+    requests = Requests(world, world.core, None, [], None, sight=sight, stop=lambda: None)
+    requests.handle(SimpleNamespace(peer=b"ctl", name="ctl"), m.Sleep(id=77, group=group.name), ())
+    assert (group.state, world.of(77)) == ("dozing", [])
+    world.core.fleet.rank_gone(group, 0, "was killed by SIGKILL", world.now)
+    world.leave(group)
+    other = world.open_ready(ref=VAE)
+    there = world.group(other)
+    world.core.unload([there], True, world.now)
+    world.leave(there)
+    answer = world.end_of(77)
+    assert isinstance(answer, m.Failed)
+    assert (answer.code, "Rank 0" in answer.message) == ("rank_lost", True)
 
 
 def test_ranks_that_do_not_wake_in_time_are_killed():
