@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from msgspec import structs
 
 from tests.daemon.test_planner import GPUS, VAE, flux
+from xditd.catalog.catalog import Found
 from xditd.daemon.choices import explain, shapes
+from xditd.daemon.groups import Group
+from xditd.daemon.residency import Residency
+from xditd.daemon.runs import Key
 from xditd.protocol import messages as m
 from xditd.protocol.explaining import Candidate
 
@@ -91,3 +97,16 @@ def test_no_plan_comes_twice(count):
     made = [tuple(sorted(shape.items())) for shape in shapes(count)]
     assert len(made) == len(set(made))
     assert ((("cfg", count),) in made) == (count == 2)
+
+
+def test_what_a_plan_is_said_to_take_is_what_it_is_counted_with_awake_and_asleep():
+    info = structs.replace(flux(), parameters=12_000_000)
+    residency = Residency(SimpleNamespace(memory=lambda pool: None), margin=MARGIN)
+    found = Found(path="/flux", info=info, prefix="")
+    listed, _ = candidates(m.PlanRequest(devices=FOUR), info)
+    assert {one.weights for one in listed} == {24_000_000, 12_000_000, 6_000_000}
+    for one in listed:
+        key = Key("/flux", "", "bfloat16", one.plan)
+        assert residency.needs(found, key) == dict.fromkeys(one.plan.devices, one.weights + one.activations)
+        group = Group("g1", 1, m.ModelRef(kind="diffusion_models", name="flux"), found, key, started=0.0)
+        assert residency.host_bytes(group) == one.weights * len(one.plan.devices)

@@ -1,6 +1,6 @@
 """The planner's choice among all the ways that there are, each with the reason for or against it. Pure.
 
-Bytes of a rank are what `residency` counts: weights over the ranks that share them, and the margin for activations
+Bytes of a rank are those that `residency` counts: its weights, and the margin for activations
 (`devices.activation_memory`). Tokens are those of the picture, 2×2 latent pixels each, over the ranks that split them.
 """
 
@@ -13,10 +13,10 @@ from msgspec import structs
 
 from xditd.catalog.families import family
 from xditd.daemon import planner
+from xditd.daemon.residency import weights
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.explaining import Candidate
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
-from xditd.protocol.tensors import ITEMSIZE
 
 PATCH = 2
 """Latent pixels of a token's side, in every family that is split."""
@@ -62,7 +62,6 @@ def explain(
             refusal = XditError(Code.OUT_OF_MEMORY, f"{problem}.")
     except XditError as error:
         refusal = error
-    weights = info.parameters * ITEMSIZE[dtype]
     found: list[Candidate] = []
 
     def add(plan: Plan, verdict: str, reason: str, code: str = "") -> None:
@@ -73,7 +72,7 @@ def explain(
                 reason=reason.rstrip("."),
                 code=code,
                 exact=plan.pipefusion == 1,
-                weights=weights // (plan.tensor * plan.pipefusion),
+                weights=weights(info, dtype, plan),
                 activations=margin,
                 tokens=_tokens(info, plan, size),
             )

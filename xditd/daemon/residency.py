@@ -15,6 +15,7 @@ from xditd.daemon import states
 from xditd.daemon.groups import Group
 from xditd.daemon.ports import HOST, Memory, MemoryPort
 from xditd.daemon.runs import Key
+from xditd.protocol.plans import ModelInfo, Plan
 from xditd.protocol.tensors import ITEMSIZE
 
 SETTLE = 5.0
@@ -85,14 +86,11 @@ class Residency:
         self.patience = patience
 
     def needs(self, found: Found, key: Key) -> dict[str, int]:
-        """Bytes that a group takes, by the pool of memory.
-
-        Every rank has all weights, but for those that tensor parallelism and PipeFusion split.
-        """
-        weights = found.info.parameters * ITEMSIZE[key.dtype] // (key.plan.tensor * key.plan.pipefusion)
+        """Bytes that a group takes, by the pool of memory: of each rank its weights, and a margin for activations."""
         needs: dict[str, int] = {}
         for device in key.plan.devices:
-            needs[pool(device)] = needs.get(pool(device), 0) + weights + self.margin
+            needs.setdefault(pool(device), 0)
+            needs[pool(device)] += weights(found.info, key.dtype, key.plan) + self.margin
         return needs
 
     def resident(self, groups: Iterable[Group], device: str) -> int:
@@ -181,9 +179,8 @@ class Residency:
 
     def host_bytes(self, group: Group) -> int:
         """Bytes of the host's memory that a group takes when it sleeps: a CPU's ranks go back to the file's pages."""
-        margins = self.margin * len(group.devices)
-        needs = self.needs(group.found, group.key)
-        return max(0, sum(needs.values()) - margins) if "cpu" not in needs else 0
+        of_one = weights(group.found.info, group.key.dtype, group.key.plan)
+        return sum(of_one for device in group.devices if pool(device) != "cpu")
 
     def to_free(
         self,
@@ -249,6 +246,11 @@ class Residency:
 def worthless(group: Group, now: float) -> float:
     """How little a group is worth: long idle, and quickly loaded again."""
     return (now - group.used) / max(group.ready_after or 0.0, 0.1)
+
+
+def weights(info: ModelInfo, dtype: str, plan: Plan) -> int:
+    """Bytes of the weights of one rank: all, but for what tensor parallelism and PipeFusion split."""
+    return info.parameters * ITEMSIZE[dtype] // (plan.tensor * plan.pipefusion)
 
 
 def pool(device: str) -> str:
