@@ -6,9 +6,12 @@ import pytest
 
 from tests.daemon.test_planner import GPUS, flux
 from tests.daemon.world import REF, World
+from xditd.daemon.chronicle import Chronicle
 from xditd.daemon.fallback import LEADS_DOWN, Ladder, Lately, spell
 from xditd.daemon.planner import plan, rungs
+from xditd.daemon.requests import Requests
 from xditd.daemon.runs import Run
+from xditd.daemon.sight import Sight
 from xditd.protocol import messages as m
 
 TWO = m.Plan(devices=("cpu:0", "cpu:1"), ulysses=2)
@@ -110,6 +113,41 @@ def test_a_run_whose_plan_fails_at_the_start_is_opened_on_one_device_and_told():
     assert len(world.started) == started
     assert again.group == second.name
     assert "No such luck" in world.end_of(again.reopen).degraded
+
+
+@pytest.fixture
+def watched() -> World:
+    """A world whose runs are told of, as the daemon tells of them."""
+    world = World(memory_total=9)
+    sight = Sight(Chronicle(world.answer, lambda: world.now))
+    Requests(world, world.core, None, [], None, sight=sight, stop=lambda: None)
+    world.core.lowered = sight.degraded
+    sight.chronicle.watch(b"top", m.Watch(id=world.request()))
+    return world
+
+
+def heard(world: World, run: int) -> list[str]:
+    told = [event for peer, event in world.answers if peer == b"top" and isinstance(event, m.Happened)]
+    return [event.event for event in told if event.run == run]
+
+
+def test_who_watches_hears_of_a_run_before_it_hears_that_it_goes_on_with_less(watched):
+    first = open_run(watched)
+    watched.core.fleet.fail(watched.started[-1], "rank_failed", "Rank 0: No such luck", watched.now, "cpu:0")
+    watched.ready(watched.started[-1])
+    again = open_run(watched)
+    assert again.ladder.degraded
+    for run in (first, again):
+        assert heard(watched, run.id) == ["run_opened", "run_degraded"]
+
+
+def test_who_watches_hears_of_a_run_before_it_hears_of_its_end(watched):
+    watched.memory_others = 9
+    first = watched.open()
+    watched.now += 6.0  # nobody has looked since, and now there is no hope
+    second = watched.open()
+    for run in (first, second):
+        assert (run.code, heard(watched, run.id)) == ("out_of_memory", ["run_opened", "run_ended"])
 
 
 def test_the_last_rung_fails_with_its_own_code():

@@ -41,14 +41,16 @@ class Descent:
         while (lower := run.ladder.down(when, code, message, culprit)) is not None:
             plan, run.ladder = lower
             keys = (replace(run.key, plan=plan),)
-            if run.id in self.roster:
-                self.roster.move(run, keys)
-            else:
+            new = run.id not in self.roster
+            if new:
                 run.keys = keys
+            else:
+                self.roster.move(run, keys)
             run.untold = run.announced
             problem = self._try(run, now)
             if problem is None:
-                self.fleet.listener.degraded(run.ref, run.ladder, run)
+                if not new:  # of a new one is told when it is open
+                    self.fleet.listener.degraded(run.ref, run.ladder, run)
                 return None
             when, (code, message, culprit) = "start", problem
         return XditError(code, message)

@@ -66,6 +66,9 @@ class Dispatcher:
         self.placing = Placing(places, weights or {})
         self.ended = ended
         self.noticed: Callable[[Group], None] = lambda group: None  # called when a group's state has changed
+        self.opened: Callable[[Run], None] = lambda run: (
+            None
+        )  # called before anything else is told of the run
         self.gone: Callable[[Group, float], None] = lambda group, now: None
         self.lowered: Callable[[m.ModelRef, str, Run | None], None] = lambda ref, why, run: None
         self.asleep: Callable[[], None] = lambda: None  # called when a group has gone to sleep
@@ -111,6 +114,9 @@ class Dispatcher:
         run = Run.asked_for(request, next(self._ids), peer, client, found, keys, now, loras, ladder)
         self.descent.seat(run, now)
         self.runs.add(run)
+        self.opened(run)
+        if run.ladder.degraded:  # already
+            self.degraded(run.ref, run.ladder, run)
         self.settle(now)
         self.tidings.waiting([run], now)
         return run

@@ -83,7 +83,7 @@ class Requests:
         self._ending: dict[int, list[tuple[bytes, Struct]]] = {}  # run → answers due when it has ended
         self._draining: list[tuple[bytes, m.Drain]] = []
         self._departures = Departures(clients, dispatcher, memories, self.devices)
-        dispatcher.ended = self._ended
+        dispatcher.opened, dispatcher.ended = sight.run_opened, self._ended
 
     def handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:
         """Does what a request asks; its answer follows through the port, at once or later.
@@ -224,7 +224,6 @@ class Requests:
         run = self.dispatcher.open(
             session.peer, session.name, message, found, keys, time.monotonic(), loras, ladder
         )
-        self.sight.run_opened(run)
         with_them = "".join(f" {_told(match)}" for match in run.lora)
         log.info("Opened by %s: %s.%s", session.name, message.model.name, with_them, extra={"run": run.id})
 
