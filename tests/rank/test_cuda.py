@@ -188,6 +188,41 @@ def test_all_weights_are_pinned_while_they_sleep(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.backbone.state_dict().items())
 
 
+def test_weights_sleep_and_wake_where_the_driver_pins_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's refusal is real: CUDA keeps the error, and the next kernel's launch would raise it."""
+    from xditd.models import weights
+    from xditd.models.families import load
+
+    class Refusing:
+        """torch's cudart, whose first registering is of no memory at all."""
+
+        asked = 0
+
+        def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> object:
+            self.asked += 1
+            if self.asked == 1:
+                return torch.cuda.cudart().cudaHostRegister(0, 0, flags)
+            return torch.cuda.cudart().cudaHostRegister(address, nbytes, flags)
+
+        def cudaHostUnregister(self, address: int) -> object:
+            return torch.cuda.cudart().cudaHostUnregister(address)
+
+    path = make_flux(tmp_path / "flux.safetensors", **SHAPE)
+    network = load("flux", path, "transformer", torch.device("cuda:0"), torch.bfloat16)
+    before = {name: value.clone() for name, value in network.backbone.state_dict().items()}
+    cudart = Refusing()
+    monkeypatch.setattr(weights, "_cudart", lambda: cudart)
+    for pinned in (False, True):  # once more: it is pinned again where the driver does that
+        network.weights.sleep()
+        assert network.weights._place._pinned == pinned
+        assert torch.ones(3, device="cuda:0").add_(1).tolist() == [2.0, 2.0, 2.0]
+        network.weights.wake()
+        assert all(torch.equal(value, before[name]) for name, value in network.backbone.state_dict().items())
+    assert cudart.asked == 2
+
+
 def test_weights_that_come_through_pinned_buffers_are_the_files(tmp_path: Path) -> None:
     """Larger than a buffer, and of an odd length; told of to the last byte."""
     from safetensors.torch import save_file

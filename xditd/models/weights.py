@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +95,8 @@ class _OnGpu:
         self._host = host = torch.empty(end, dtype=torch.uint8)
         # Not torch's own pinned memory, which comes in powers of two and is kept for ever.
         self._pinned = int(_cudart().cudaHostRegister(host.data_ptr(), end, 0)) == 0
+        if not self._pinned:
+            _take_error(self._device)
         for storage, begin, nbytes in self._gone:
             host[begin : begin + nbytes].copy_(self._bytes_of(storage), non_blocking=self._pinned)
         torch.cuda.synchronize(self._device)
@@ -124,6 +127,13 @@ class _OnGpu:
 
     def _bytes_of(self, storage: torch.UntypedStorage) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+
+
+def _take_error(device: torch.device) -> None:
+    """Spends the error of a call of CUDA that did no harm. The runtime keeps it, and the next kernel's launch would raise it."""
+    with suppress(RuntimeError):
+        torch.ones(1, device=device).add_(1)
+        torch.cuda.synchronize(device)
 
 
 def _cudart() -> Any:
