@@ -11,7 +11,6 @@ step on all stages, and runs interleave. Exact where every step is warm-up; else
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from xditd.protocol import orders
 from xditd.protocol.errors import Code, XditError
 from xditd.rank.answers import Answer, Handlers
 from xditd.rank.device import Device
+from xditd.rank.inputs import Inputs
 from xditd.rank.links import Arriving, Links
 from xditd.rank.noising import noising
 from xditd.rank.places import Frames
@@ -109,12 +109,11 @@ class PipeFusion:
         self._links = links
         self._transfer = transfer
         self._noising = noising(network.noise, transfer.device)
-        self._loras: dict[int, tuple[orders.Merge, ...]] = {}
-        self._conditionings: dict[int, dict[str, Any]] = {}
+        self._inputs = Inputs(network, transfer)
         self._jobs: dict[int, Job] = {}
         self.handlers: Handlers = {
-            orders.SetLoras: self.set_loras,
-            orders.SetConditioning: self.set_conditioning,
+            orders.SetLoras: self._inputs.set_loras,
+            orders.SetConditioning: self._inputs.set_conditioning,
             orders.BeginSample: self.begin_sample,
             orders.TurnSample: self.sample,
             orders.ForgetRun: self.forget,
@@ -122,25 +121,8 @@ class PipeFusion:
             **resting(network, device),
         }
 
-    def set_loras(self, order: orders.SetLoras, frames: Frames) -> None:
-        self._loras[order.run] = order.loras
-        self._network.loras.hold(order.loras)
-
-    def set_conditioning(self, order: orders.SetConditioning, frames: Frames) -> None:
-        tensors = {
-            name: self._transfer.receive(tensor, frames, keep=True) for name, tensor in order.tensors.items()
-        }
-        conditioning = self._network.condition(tensors, order.values)
-        self._conditionings.setdefault(order.run, {})[order.key] = conditioning
-
     def begin_sample(self, order: orders.BeginSample, frames: Frames) -> None:
-        calls = [self._conditioning(order.run, order.conditioning)]
-        if order.negative is not None and not math.isclose(order.cfg, 1.0):
-            calls.append(self._conditioning(order.run, order.negative))
-        noise = self._transfer.receive(order.noise, frames, keep=True).float()
-        latent = None
-        if order.latent is not None:
-            latent = self._transfer.receive(order.latent, frames, keep=True).float()
+        calls, noise, latent = self._inputs.start(order, frames)
         whole = Sampling(order.sampler, order.sigmas, noise, latent, _nothing, self._noising)
         tokens = self._stages.pack(whole.x)
         count = min(order.patches or self._links.stages, tokens.shape[1])
@@ -171,7 +153,7 @@ class PipeFusion:
         if job is None:
             raise XditError(Code.NO_SUCH_RUN, f"Run {order.run} has no sampling under way here.")
         self._links.begin_turn()
-        self._network.loras.hold(self._loras.get(order.run, ()))
+        self._inputs.hold_loras(order.run)
         sigma = torch.tensor(job.begun.sigmas[order.step], dtype=torch.float32, device=self._transfer.device)
         _, time = self._noising.shown(sigma, sigma)
         t = time.expand(job.shape[0])
@@ -193,8 +175,7 @@ class PipeFusion:
         return self._answer(job, order.step, frames) if self._transfer.rank == 0 else Answer()
 
     def forget(self, order: orders.ForgetRun, frames: Frames) -> None:
-        self._loras.pop(order.run, None)
-        self._conditionings.pop(order.run, None)
+        self._inputs.forget(order.run)
         job = self._jobs.pop(order.run, None)
         if job is not None:  # what the last stage has sent of it must not be taken for another run's
             for _, arriving in job.back:
@@ -323,14 +304,6 @@ class PipeFusion:
         if job.denoised is not None:
             return Answer(outputs[:-1], inline, preview=outputs[-1])
         return Answer(outputs, inline)
-
-    def _conditioning(self, run: int, key: str) -> Any:
-        conditioning = self._conditionings.get(run, {}).get(key)
-        if conditioning is None:
-            raise XditError(
-                Code.NO_SUCH_CONDITIONING, f"Run {run} was given no conditioning {key!r}; put it first."
-            )
-        return conditioning
 
 
 def _known(denoised: torch.Tensor) -> Denoise:
