@@ -59,11 +59,16 @@ class Embed(nn.Module):
         return tokens if self.places is None else tokens + self.places
 
 
-def embed(embedding: Embed, patches: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Patches that stand in these places as hidden states [B, n, width]."""
+def column(patches: torch.Tensor) -> torch.Tensor:
+    """Patches as a column, [B, C, n·p, p]."""
     batch, count, channels, size, _ = patches.shape
+    return patches.transpose(1, 2).reshape(batch, channels, count * size, size)
+
+
+def embed(embedding: Embed, patches: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+    """Patches that stand in these places as hidden states [B, n, width]; None adds no places."""
     embedding.places = places
-    tokens: torch.Tensor = embedding(patches.transpose(1, 2).reshape(batch, channels, count * size, size))
+    tokens: torch.Tensor = embedding(column(patches))
     return tokens
 
 
@@ -79,9 +84,8 @@ def run(module: Callable[..., Any], patches: torch.Tensor, **same: Any) -> torch
         module: diffusers', or xfuser's wrapper around it.
         same: its other keywords.
     """
-    batch, count, channels, size, _ = patches.shape
-    column = patches.transpose(1, 2).reshape(batch, channels, count * size, size)
-    output = module(hidden_states=column, **same, return_dict=False)[0]
+    batch, count, _, size, _ = patches.shape
+    output = module(hidden_states=column(patches), **same, return_dict=False)[0]
     if isinstance(output, tuple):  # xfuser's (prediction, None)
         output = output[0]
     return output.reshape(batch, -1, count, size, size).transpose(1, 2)

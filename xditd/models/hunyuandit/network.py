@@ -15,7 +15,7 @@ from xditd.catalog.families.hunyuandit import PATCH, VALUES
 from xditd.catalog.layouts.hunyuandit import pieces
 from xditd.models.hunyuandit.config import config, spans
 from xditd.models.hunyuandit.splits import SPLITS
-from xditd.models.patches import Embed, grid, join, split
+from xditd.models.patches import Embed, embed, grid, join, predicted, split
 from xditd.models.tokens import Tokens
 
 
@@ -89,14 +89,14 @@ class HunyuanDiT:
         """
         batch, channels, height, width = x.shape
         cos, sin = self._turns(*grid(height, width, PATCH), x.device)
-        predicted = self.call(
+        output = self.call(
             patches=split(x.to(self.dtype), PATCH),
             cos=cos,
             sin=sin,
             text=self._text(conditioning, batch),
             vector=self._vector(t, conditioning, x),
         )
-        return join(predicted[:, :, :channels], height, width)
+        return join(output[:, :, :channels], height, width)
 
     def run(
         self,
@@ -109,8 +109,7 @@ class HunyuanDiT:
         vector: torch.Tensor,
     ) -> torch.Tensor:
         """A module on some of the patches, which are turned by these angles."""
-        batch, count, channels, size, _ = patches.shape
-        x = self._embed(patches.transpose(1, 2).reshape(batch, channels, count * size, size))
+        x = embed(self._embed, patches)
         half = len(module.blocks) // 2
         skips: list[torch.Tensor] = []
         for i, block in enumerate(module.blocks):
@@ -123,8 +122,7 @@ class HunyuanDiT:
             )
             if i < half - 1:
                 skips.append(x)
-        output: torch.Tensor = module.proj_out(module.norm_out(x, vector))
-        return output.view(batch, count, size, size, -1).permute(0, 1, 4, 2, 3)
+        return predicted(module.proj_out(module.norm_out(x, vector)), PATCH)
 
     def _text(self, given: Conditioning, batch: int) -> torch.Tensor:
         """The texts of BERT and mT5, [B, n + m, context_width], with padding where a mask says so.
