@@ -36,6 +36,11 @@ def test_a_plan_is_written_as_its_degrees_or_its_strategy():
             comparison.parsed(text, ("0", "1"))
 
 
+def test_devices_are_named_one_by_one_or_as_a_span():
+    assert comparison.named("0-2, cuda:3") == ("0", "1", "2", "cuda:3")
+    assert comparison.named("") == ()
+
+
 def test_figures_are_over_the_standard_deviation_of_one_devices_latent():
     reference = torch.tensor([[[[0.0, 2.0, 4.0, 6.0]]]])
     largest, mean = comparison.differences(reference + torch.tensor([0.0, 0.0, 0.0, 1.0]), reference)

@@ -133,6 +133,13 @@ def test_load_asks_for_a_tensor_degree(ask):
     assert result.client.asked[1][1][1] == wished
 
 
+def test_every_degree_can_be_asked_for(ask):
+    words = "--cfg-degree 2 --ulysses 3 --ring 4 --pipefusion 5 --tensor 6 --fallback never"
+    result = ask(f"load diffusion_models/flux.safetensors {words}")
+    wished = PlanRequest(cfg=2, ulysses=3, ring=4, pipefusion=5, tensor=6, fallback="never")
+    assert wished in result.client.asked[1][1]
+
+
 def test_load_asks_for_the_plan_and_tells_the_phases(ask):
     result = ask("load diffusion_models/flux.safetensors --ulysses 2 --devices 0,1 --dtype bfloat16")
     assert result.exit_code == 0

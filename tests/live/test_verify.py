@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ def test_plans_are_held_against_one_device(
 ) -> None:
     service = serve(**{"devices.cpu_ranks": 4})
     monkeypatch.setenv("XDITD_ENDPOINT", service.endpoint)
+    # What is asked for twice is loaded once beforehand, and what does not wait for each other side by side.
+    there = tuple(f"cpu:{number}" for number in range(4))
+    asked = ((MODEL, comparison.one_device(there)), (MODEL, comparison.parsed("ulysses=2", there)), (VAE,))
+    with service.client() as client, ThreadPoolExecutor(len(asked)) as at_once:
+        kept = {load.result().group for load in [at_once.submit(client.load, *one) for one in asked]}
     line = f"verify {MODEL} --vae {VAE} --size 144x176 --steps 3 --json"
     plans = ("ulysses=2", "pipefusion=2", "pipefusion=2,ulysses=2")
     arguments = [*line.split(), *(word for plan in plans for word in ("--plan", plan))]
@@ -40,8 +46,11 @@ def test_plans_are_held_against_one_device(
     assert pipefusion["psnr"] < ulysses["psnr"]
     assert (both["verdict"], both["code"]) == ("refused", "not_built")
     with service.client() as client:
-        there = [group.model.name for group in client.status().groups]
-    assert "flux.safetensors" not in there, "what was not loaded is gone again"
+        groups = client.status().groups
+    assert {group.group for group in groups} == kept, (
+        "what was not loaded is gone again, what was there has stayed"
+    )
+    assert not any(group.plan.pipefusion > 1 for group in groups)
 
     monkeypatch.setitem(comparison.BOUNDS, "float32", 1e-12)
     arguments = [*line.split()[:-1], "--plan", "ulysses=2"]
@@ -49,6 +58,19 @@ def test_plans_are_held_against_one_device(
     assert result.exit_code == 1
     assert "too far" in result.stdout
     assert "Not as it must be: ulysses 2." in result.stdout
+
+
+def test_where_nothing_could_be_compared_nothing_is_said_to_be_exact(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(**{"devices.cpu_ranks": 4})
+    monkeypatch.setenv("XDITD_ENDPOINT", service.endpoint)
+    line = f"verify {MODEL} --devices 0-3 --size 64x64 --steps 1 --plan pipefusion=2,ulysses=2"
+    result = CliRunner().invoke(main, line.split(), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "refused" in result.stdout
+    assert "No exact plan was held against one device." in result.stdout
+    assert "✅" not in result.stdout
 
 
 def test_a_plan_is_explained_and_nothing_loaded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,21 +8,22 @@ there every other order of a sum rounds otherwise: a floor below which nothing c
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from msgspec import structs
 
+from xditd.cli import words
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan, PlanRequest
+from xditd.protocol.plans import DEGREES
 
 if TYPE_CHECKING:
     import torch
 
 BOUNDS = {"float32": 1e-5, "float16": 16 * 2.0**-10, "bfloat16": 16 * 2.0**-7}
 """By compute dtype: the largest difference that an exact plan may have."""
-
-DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,15 @@ REFUSALS = frozenset({Code.BAD_PLAN.value, Code.NOT_BUILT.value})
 """Codes of a plan that the model cannot have, which says nothing against any other."""
 
 
+def named(text: str) -> tuple[str, ...]:
+    """Devices as people write them, "0,1", "0-3" or "cuda:0", each by itself: plans are made of how many there are."""
+    names: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", part)
+        names += [part] if span is None else map(str, range(int(span[1]), int(span[2]) + 1))
+    return tuple(name for name in names if name)
+
+
 def candidates(devices: tuple[str, ...]) -> list[PlanRequest]:
     """Every strategy over these devices, alone and, where they are even in number, in pairs."""
     count = len(devices)
@@ -107,8 +117,7 @@ def parsed(text: str, devices: tuple[str, ...]) -> PlanRequest:
 
 
 def spelled(request: PlanRequest) -> str:
-    named = [f"{name} {getattr(request, name)}" for name in DEGREES if getattr(request, name) > 1]
-    return " × ".join(named) or (request.strategy if len(request.devices) != 1 else "one device")
+    return words.spelled(request) or (request.strategy if len(request.devices) != 1 else "one device")
 
 
 def one_device(devices: tuple[str, ...]) -> PlanRequest:

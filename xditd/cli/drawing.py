@@ -84,6 +84,74 @@ class Drawn:
     degraded: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A run that has its conditioning, and what its sampling takes beside it.
+
+    Attributes:
+        sigmas: of the schedule.
+        noise: [B, C, h, w].
+        start: a latent to begin from, unscaled; None is none.
+        negative: whether there is a negative conditioning.
+        habit: of the model.
+    """
+
+    sigmas: tuple[float, ...]
+    noise: torch.Tensor
+    start: torch.Tensor | None
+    negative: bool
+    habit: Habits
+
+
+Tensors = dict[str, "torch.Tensor"]
+
+
+def prepare(
+    run: Run,
+    wish: Wish,
+    positive: Tensors | None,
+    negative: Tensors | None = None,
+    start: torch.Tensor | None = None,
+) -> Ready:
+    """Puts the conditioning of a run; without a `positive` one, a random one of the wish's seed.
+
+    Raises:
+        XditError: whatever the daemon refuses, and `bad_value` for what a model does not take.
+    """
+    habit = habits(run.model)
+    schedule = wish.sigmas or sigmas(
+        known(run.model), wish.steps or habit.steps, habit.mu if wish.mu is None else wish.mu, wish.denoise
+    )
+    values = guidance_values(run.model, habit, wish.guidance)
+    run.put_conditioning("positive", positive or random_conditioning(run.model, wish.seed), values)
+    if negative is not None:
+        run.put_conditioning("negative", negative, values)
+    noise = files.noise(noise_shape(run.model, wish, start), wish.seed)
+    return Ready(tuple(schedule), noise, start, negative is not None, habit)
+
+
+def sampled(run: Run, ready: Ready, wish: Wish, console: Console, name: str) -> tuple[torch.Tensor, float]:
+    """Samples it with a progress bar: the latent [B, C, h, w], unscaled as ComfyUI's LATENT, and the seconds of the loop."""
+    habit, start = ready.habit, ready.start
+    began = time.monotonic()
+    with StepBar(console, name, len(ready.sigmas) - 1) as steps:
+        latent = run.sample(
+            ready.noise,
+            ready.sigmas,
+            "positive",
+            sampler=wish.sampler,
+            negative="negative" if ready.negative else None,
+            cfg=wish.cfg,
+            latent=None if start is None else (start - habit.shift) * habit.scale,
+            callback=steps.step,
+            previews=False,
+            warmup=wish.warmup,
+            patches=wish.patches,
+        )
+    seconds = time.monotonic() - began
+    return latent / habit.scale + habit.shift, seconds
+
+
 def draw(client: Client, wish: Wish, console: Console) -> Drawn:
     """Opens a run and samples it with a progress bar. Ctrl-C cancels the run.
 
@@ -101,40 +169,13 @@ def draw(client: Client, wish: Wish, console: Console) -> Drawn:
         )
     with run:
         try:
-            habit = habits(run.model)
-            schedule = wish.sigmas or sigmas(
-                known(run.model),
-                wish.steps or habit.steps,
-                habit.mu if wish.mu is None else wish.mu,
-                wish.denoise,
-            )
-            values = guidance_values(run.model, habit, wish.guidance)
-            run.put_conditioning("positive", given[0] or random_conditioning(run.model, wish.seed), values)
-            if given[1] is not None:
-                run.put_conditioning("negative", given[1], values)
-            noise = files.noise(noise_shape(run.model, wish, start), wish.seed)
-            began = time.monotonic()
-            with StepBar(console, "sampling", len(schedule) - 1) as steps:
-                latent = run.sample(
-                    noise,
-                    schedule,
-                    "positive",
-                    sampler=wish.sampler,
-                    negative="negative" if given[1] is not None else None,
-                    cfg=wish.cfg,
-                    latent=None if start is None else (start - habit.shift) * habit.scale,
-                    callback=steps.step,
-                    previews=False,
-                    warmup=wish.warmup,
-                    patches=wish.patches,
-                )
-            seconds = time.monotonic() - began
+            ready = prepare(run, wish, given[0], given[1], start)
+            latent, seconds = sampled(run, ready, wish, console, "sampling")
         except KeyboardInterrupt:
             cancel(run)
             raise
-        latent = latent / habit.scale + habit.shift
         group, plan = run.group, run.plan
-    return Drawn(latent, group, plan, len(schedule) - 1, seconds, run.lora, run.degraded)
+    return Drawn(latent, group, plan, len(ready.sigmas) - 1, seconds, run.lora, run.degraded)
 
 
 def decode(client: Client, vae: ModelRef, latent: torch.Tensor, console: Console) -> torch.Tensor:

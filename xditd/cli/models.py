@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,8 +28,25 @@ STRATEGIES = ("auto", "Hybrid", "USP", "CFG", "PipeFusion", "Tensor")
 """As the daemon knows them; what it has not built it refuses by name."""
 
 
+DEGREE_HELP = {
+    "ulysses": "Ulysses degree; 0 is the planner's choice.",
+    "ring": "Ring degree; 0 is the planner's choice.",
+    "pipefusion": "PipeFusion degree: how many stages the blocks are dealt out to; approximate.",
+    "tensor": "Tensor degree: how many devices share the weights of each layer.",
+}
+
+
 def plan_options(command: F) -> F:
-    """--strategy, the degrees, --devices: what is left out is the planner's choice."""
+    """--strategy, the degrees, --devices, --fallback: the command gets a PlanRequest of them as `asked`. What is left out
+    is the planner's choice."""
+
+    @functools.wraps(command)
+    def with_plan(*arguments: Any, devices: str, cfg_degree: int, fallback: str | None, **others: Any) -> Any:
+        chosen = {name: others.pop(name) for name in ("strategy", *DEGREE_HELP)}
+        plan = PlanRequest(cfg=cfg_degree, devices=names(devices), fallback=fallback or "", **chosen)
+        return command(*arguments, asked=plan, **others)
+
+    decorated: Any = with_plan
     for decorate in (
         click.option(
             "--fallback",
@@ -41,20 +59,15 @@ def plan_options(command: F) -> F:
             metavar="0,1",
             help="Which devices, as `xditctl status` names them; default: all.",
         ),
-        click.option(
-            "--tensor",
-            type=click.IntRange(0, 1024),
-            default=0,
-            help="Tensor degree: how many devices share the weights of each layer.",
+        *(
+            click.option(f"--{name}", type=click.IntRange(0, 1024), default=0, help=text)
+            for name, text in reversed(DEGREE_HELP.items())
         ),
         click.option(
-            "--ring", type=click.IntRange(0, 1024), default=0, help="Ring degree; 0 is the planner's choice."
-        ),
-        click.option(
-            "--ulysses",
+            "--cfg-degree",
             type=click.IntRange(0, 1024),
             default=0,
-            help="Ulysses degree; 0 is the planner's choice.",
+            help="CFG degree: 2 computes positive and negative side by side.",
         ),
         click.option(
             "--strategy",
@@ -65,31 +78,13 @@ def plan_options(command: F) -> F:
             "each device holds a share of the weights. PipeFusion is approximate.",
         ),
     ):
-        command = decorate(command)
-    return command
+        decorated = decorate(decorated)
+    with_options: F = decorated
+    return with_options
 
 
-def plan_of(
-    strategy: str,
-    ulysses: int,
-    ring: int,
-    tensor: int,
-    devices: str,
-    fallback: str | None = None,
-    replicas: int = 0,
-) -> PlanRequest:
-    return PlanRequest(
-        strategy=strategy,
-        ulysses=ulysses,
-        ring=ring,
-        tensor=tensor,
-        devices=_names(devices),
-        replicas=replicas,
-        fallback=fallback or "",
-    )
-
-
-def _names(devices: str) -> tuple[str, ...]:
+def names(devices: str) -> tuple[str, ...]:
+    """Of devices, as they are written on a command line."""
     return tuple(name for name in (part.strip() for part in devices.split(",")) if name)
 
 
@@ -165,12 +160,7 @@ def show_models(console: Console, answer: ModelList) -> None:
 def load(
     endpoint: str | None,
     model: ModelRef,
-    strategy: str,
-    ulysses: int,
-    ring: int,
-    tensor: int,
-    devices: str,
-    fallback: str | None,
+    asked: PlanRequest,
     replicas: int,
     dtype: str | None,
     timeout: float | None,
@@ -186,7 +176,7 @@ def load(
       xditctl load diffusion_models/sd3.5_large.safetensors --strategy CFG --devices 0-3
     """
     model = msgspec.structs.replace(model, dtype=dtype or "")
-    plan = plan_of(strategy, ulysses, ring, tensor, devices, fallback, replicas if replicas > 1 else 0)
+    plan = msgspec.structs.replace(asked, replicas=replicas if replicas > 1 else 0)
     with connect(endpoint, shared_memory=False) as client, PhaseBar(stderr(), words.model(model)) as bar:
         answer = client.load(model, plan, on_event=bar.on_event, timeout=timeout)
     if as_json:
@@ -281,7 +271,7 @@ def free(endpoint: str | None, gib: float, devices: str, as_json: bool) -> None:
       xditctl free --gib 10 --devices 0
     """
     with connect(endpoint, shared_memory=False) as client:
-        answer = client.free_memory(int(gib * 2**30), _names(devices))
+        answer = client.free_memory(int(gib * 2**30), names(devices))
     if as_json:
         print_json(answer)
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 import msgspec
 from rich.console import Console
@@ -11,12 +9,12 @@ from rich.text import Text
 
 from xditd.cli import exits, words
 from xditd.cli.commands import MODEL, connect, endpoint_option, json_option, print_json, stdout
-from xditd.cli.models import DTYPES, plan_of, plan_options
+from xditd.cli.models import DTYPES, names, plan_options
 from xditd.cli.sample import PictureSize
 from xditd.cli.shapes import columns
 from xditd.protocol.errors import XditError
 from xditd.protocol.explaining import Explained
-from xditd.protocol.messages import ModelRef
+from xditd.protocol.messages import ModelRef, PlanRequest
 
 STYLE = {"chosen": "green", "possible": "", "rejected": "dim"}
 
@@ -34,10 +32,9 @@ def plan(
     model: ModelRef,
     gpus: str | None,
     size: tuple[int, int] | None,
-    devices: str,
+    asked: PlanRequest,
     dtype: str | None,
     as_json: bool,
-    **wished: Any,
 ) -> None:
     """Show which plan MODEL would have, and every other with the reason against it.
 
@@ -51,8 +48,10 @@ def plan(
       xditctl plan diffusion_models/sd3.5_large.safetensors --strategy Tensor --json
     """
     model = msgspec.structs.replace(model, dtype=dtype or "")
+    if gpus:
+        asked = msgspec.structs.replace(asked, devices=names(gpus))
     with connect(endpoint, shared_memory=False) as client:
-        answer = client.explain(model, plan_of(devices=gpus or devices, **wished), size or (0, 0))
+        answer = client.explain(model, asked, size or (0, 0))
     if as_json:
         print_json(answer)
     else:

@@ -11,9 +11,9 @@ import msgspec
 from xditd.cli import words
 from xditd.cli.commands import MODEL, connect, endpoint_option, stderr, stdout
 from xditd.cli.drawing import SAMPLERS, Wish, decode, draw
-from xditd.cli.models import DTYPES, plan_of, plan_options
+from xditd.cli.models import DTYPES, plan_options
 from xditd.client import files
-from xditd.protocol.messages import ModelRef
+from xditd.protocol.messages import ModelRef, PlanRequest
 from xditd.protocol.plans import LoraRef
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -152,12 +152,7 @@ def sample(
     vae: ModelRef | None,
     output: Path,
     save_latent: Path | None,
-    strategy: str,
-    ulysses: int,
-    ring: int,
-    tensor: int,
-    devices: str,
-    fallback: str | None,
+    asked: PlanRequest,
     dtype: str | None,
     endpoint: str | None,
     **wished: Any,
@@ -177,7 +172,7 @@ def sample(
         raise click.UsageError("Give --vae for a picture, or --save-latent for the latent alone.")
     wish = Wish(
         model=msgspec.structs.replace(model, dtype=dtype or ""),
-        plan=plan_of(strategy, ulysses, ring, tensor, devices, fallback),
+        plan=asked,
         conditioning=conditioning,
         **wished,
     )

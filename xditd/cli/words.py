@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xditd.protocol.messages import ModelRef, Plan
-from xditd.protocol.plans import LoraMatch
+from xditd.protocol.messages import ModelRef, Plan, PlanRequest
+from xditd.protocol.plans import DEGREES, LoraMatch
 
 OK = "✅"
 WARNING = "⚠️ "
@@ -73,9 +73,13 @@ def joined(names: Sequence[str]) -> str:
 
 def degrees(plan: Plan) -> str:
     """The degrees above 1: "ulysses 2 × ring 2"; "1 device" where there are none."""
-    named = {"cfg": plan.cfg, "ulysses": plan.ulysses, "ring": plan.ring}
-    named |= {"pipefusion": plan.pipefusion, "tensor": plan.tensor}
-    return " × ".join(f"{name} {degree}" for name, degree in named.items() if degree > 1) or "1 device"
+    return spelled(plan) or "1 device"
+
+
+def spelled(plan: Plan | PlanRequest) -> str:
+    """The degrees above 1 alone; "" where there are none."""
+    degrees = ((name, getattr(plan, name)) for name in DEGREES)
+    return " × ".join(f"{name} {degree}" for name, degree in degrees if degree > 1)
 
 
 def lora(match: LoraMatch) -> str:

@@ -68,6 +68,10 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fallback: Name = ""
 
 
+DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
+"""What a plan has degrees of, by the names of its fields, in the order in which they are told."""
+
+
 class Plan(Struct, frozen=True, kw_only=True):
     """How a group runs its model. The product of the degrees is the number of devices."""
 
