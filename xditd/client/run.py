@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from xditd.client import text, vae
+from xditd.client import sampling, text, vae
 from xditd.client.connection import Connection, Hear
 from xditd.client.parcel import Parcel
 from xditd.client.request import Request, anew
@@ -20,9 +20,6 @@ from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
 
 Interrupt = Callable[[], None]
-
-_PREVIEWS = 4
-"""Slots that a rank writes previews to in turn: one is safe to read until the second after it has been announced."""
 
 
 class Run:
@@ -194,27 +191,19 @@ class Run:
         Returns:
             The latent in the model's own scale, shaped and typed as the noise.
         """
+        asked = {
+            "run": self.id,
+            "sampler": sampler,
+            "sigmas": times(sigmas),
+            "conditioning": conditioning,
+            "negative": negative,
+            "cfg": float(cfg),
+            "warmup": warmup,
+            "patches": patches,
+        }
         parcel = self._parcel()
-        given = source(noise)
-        shown = callback is not None and previews
         try:
-            sizes = [(given.dtype, given.shape, given.nbytes)] * (1 + (_PREVIEWS if shown else 0))
-            room, *slots = (parcel.room(*size) for size in sizes)
-            fields = {
-                "run": self.id,
-                "sampler": sampler,
-                "sigmas": times(sigmas),
-                "noise": parcel.put(given),
-                "conditioning": conditioning,
-                "latent": None if latent is None else parcel.put(source(latent)),
-                "negative": negative,
-                "cfg": float(cfg),
-                "out": room,
-                "previews": tuple(slot for slot in slots if slot is not None),
-                "preview_frames": shown and room is None,
-                "warmup": warmup,
-                "patches": patches,
-            }
+            fields = sampling.put(parcel, noise, latent, callback is not None and previews, asked)
         except BaseException:
             parcel.release()
             raise
@@ -225,16 +214,14 @@ class Run:
             self._hear(event, frames)
             if callback is None or not isinstance(event, m.Progress):
                 return
-            x0 = None
-            if event.preview is not None:
-                x0 = like(noise, parcel.copy(event.preview, frames))
-                if room is not None and self._connection.behind(request) > _PREVIEWS - 3:
-                    x0 = None  # the rank may have begun to write over it while it was copied
+            x0 = sampling.preview(parcel, noise, event, frames)
+            if x0 is not None and sampling.torn(fields, self._connection.behind(request)):
+                x0 = None
             callback(event.step, event.total, event.sigma, x0)
 
         answer, frames = self._finish_turn(request, replaced, hear, interrupt)
         try:
-            return like(noise, parcel.open(answer.latent, room, frames))
+            return sampling.opened(parcel, noise, fields, answer, frames)
         finally:
             parcel.release()
 
@@ -361,11 +348,6 @@ class Run:
             if request.abandoned:
                 self._cancel_unheard()
 
-    def _ask(
-        self, kind: type[Struct], fields: dict[str, Any], parcel: Parcel, interrupt: Interrupt | None
-    ) -> tuple[Any, list[Any]]:
-        return self._finish(self._connection.begin(kind, fields, parcel), self._hear, interrupt)
-
     def _begin(self, kind: type[Struct], fields: dict[str, Any], parcel: Parcel | Step) -> Request:
         """Sends what comes after conditioning, which it must not overtake.
 
@@ -435,7 +417,8 @@ class Run:
         except BaseException:
             parcel.release()
             raise
-        answer, frames = self._ask(kind, fields, parcel, interrupt)
+        request = self._connection.begin(kind, fields, parcel)
+        answer, frames = self._finish(request, self._hear, interrupt)
         try:
             return opened(parcel, fields=fields, answer=answer, frames=frames)
         finally:
