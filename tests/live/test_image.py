@@ -58,7 +58,9 @@ def noise(height: int, width: int) -> torch.Tensor:
         (PlanRequest(ulysses=2), 77, (18, 22)),
         pytest.param(PlanRequest(ring=2), 15, (21, 13), marks=pytest.mark.soak),
         pytest.param(PlanRequest(ulysses=2, ring=2), 15, (21, 13), marks=pytest.mark.soak),
-        (PlanRequest(strategy="Tensor", devices=("0", "1")), 15, (21, 13)),
+        pytest.param(
+            PlanRequest(strategy="Tensor", devices=("0", "1")), 15, (21, 13), marks=pytest.mark.soak
+        ),
     ],
     ids=["ulysses2", "ring2", "ulysses2×ring2", "tensor2"],
 )

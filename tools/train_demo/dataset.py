@@ -9,8 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tools.train_demo import render
 from tools.train_demo.scenes import Description, caption, described, settle
@@ -42,6 +44,15 @@ def make(count: int, seed: int) -> Captioned:
         made = list(pool.map(_chunk, chunks, repeat(seed)))
     numbers, clip, t5 = (torch.cat(parts)[:count] for parts in zip(*made, strict=True))
     return Captioned(numbers, clip, t5)
+
+
+def write(captioned: Captioned, path: Path) -> None:
+    save_file({"numbers": captioned.numbers, "clip": captioned.clip, "t5": captioned.t5}, path)
+
+
+def read(path: Path) -> Captioned:
+    """What `write` wrote."""
+    return Captioned(**load_file(path))
 
 
 def exam(count: int, seed: int = 0) -> list[Description]:

@@ -7,25 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 
 from xditd.catalog.families import autoencoder_kl, clip, flux, t5
-from xditd.catalog.layouts import autoencoder_kl as vae_keys
-from xditd.catalog.layouts import flux as flux_keys
 from xditd.catalog.layouts.piece import Piece
 from xditd.models import making
-from xditd.models.clip.network import Backbone
-from xditd.models.flux.config import config as flux_config
+from xditd.models.families import FAMILIES, Network
 from xditd.models.reading import WeightFile
 from xditd.models.t5.config import config as t5_config
-from xditd.models.vae.config import config as vae_config
 
 FLUX = making.flux_facts(
     heads=4, head_dim=64, double_blocks=1, single_blocks=4, context_width=64, pooled_width=16, guidance=True
@@ -65,9 +60,9 @@ class Networks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vae = AutoencoderKL(**vae_config(VAE))
-        self.flux = FluxTransformer2DModel(**flux_config(FLUX))
-        self.clip = Backbone(CLIP)
+        self.vae: Any = FAMILIES["autoencoder_kl"].kind.empty(VAE)
+        self.flux: Any = FAMILIES["flux"].kind.empty(FLUX)
+        self.clip: Any = FAMILIES["clip"].kind.empty(CLIP)
         self.t5 = T5EncoderModel(T5Config(**t5_config(T5), attn_implementation="eager"))
         # What modulates begins at nothing: a block is at first what it adds to (adaLN-Zero, arXiv:2212.09748).
         for name, layer in self.flux.named_modules():
@@ -80,17 +75,11 @@ class Networks(nn.Module):
         nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
         nn.init.normal_(embeddings.position_embedding.weight, std=0.25)
 
-    def part(self, name: str) -> tuple[nn.Module, dict[str, Piece]]:
+    def part(self, name: str) -> tuple[nn.Module, Mapping[str, Piece]]:
         """One network, and for each of its parameters the tensor of the file that it is part of."""
-        if name == "flux":
-            return self.flux, flux_keys.pieces(FLUX)
-        if name == "vae":
-            return self.vae, vae_keys.pieces(VAE)
-        if name == "clip":
-            return self.clip, {key: Piece(key) for key in clip.parameters(CLIP)}
-        pieces = {key.removeprefix("encoder."): Piece(key) for key in t5.parameters(T5)}
-        pieces["embed_tokens.weight"] = pieces.pop("shared.weight")
-        return self.t5.encoder, pieces
+        modules = {"flux": self.flux, "vae": self.vae, "clip": self.clip, "t5": self.t5.encoder}
+        kind, facts = KINDS[name]
+        return modules[name], kind.pieces(facts, "")
 
     def read_text(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Context [B, n, 64] and pooled [B, 16] of tokens, as ComfyUI's Flux has them."""
@@ -99,6 +88,14 @@ class Networks(nn.Module):
         hidden = self.clip.text_model(input_ids=clip_ids).last_hidden_state
         return context, hidden[torch.arange(len(hidden), device=hidden.device), ends]
 
+
+KINDS: Mapping[str, tuple[type[Network], Mapping[str, int]]] = {
+    "flux": (FAMILIES["flux"].kind, FLUX),
+    "vae": (FAMILIES["autoencoder_kl"].kind, VAE),
+    "clip": (FAMILIES["clip"].kind, CLIP),
+    "t5": (FAMILIES["t5"].kind, T5),
+}
+"""The classes that run them, and their sizes."""
 
 SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "flux": flux.parameters(FLUX),
@@ -139,9 +136,4 @@ def read(networks: Networks, folder: Path, names: tuple[str, ...] = tuple(FILES)
             piece = pieces.get(parameter)
             if piece is None:  # a buffer
                 continue
-            value = file.tensor(piece.key).float()
-            if piece.rows is not None:
-                value = value[piece.rows[0] : piece.rows[1]]
-            if piece.swapped:
-                value = torch.cat(value.chunk(2)[::-1])
-            target.copy_(value.view(target.shape))
+            target.copy_(file.value(piece, torch.float32).view(target.shape))

@@ -1,0 +1,118 @@
+"""How a piece of training goes: what it is given, its pace, its learning rate, its average, its log."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tools.train_demo.networks import TEXT_DTYPE, Networks
+
+WARM = 200  # steps in which the learning rate rises
+TIMED = 30  # steps by which the others are counted
+EMA = 0.9995
+
+
+class Log:
+    """Lines for a person and for the card: printed, and kept as JSON."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a")
+        self._began = time.monotonic()
+
+    def __call__(self, **fields: object) -> None:
+        fields = {"seconds": round(time.monotonic() - self._began, 1), **fields}
+        print(" ".join(f"{name}={value}" for name, value in fields.items()), flush=True)
+        self._file.write(json.dumps(fields) + "\n")
+        self._file.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a piece of training is given.
+
+    Attributes:
+        batch: pictures of a step.
+        scenes: that it learns from.
+        steps: how many; None is as many as the minutes have.
+        minutes: of training; until: seconds since 1970 at which it ends in any case.
+    """
+
+    net: Networks
+    device: torch.device
+    batch: int
+    scenes: int
+    steps: int | None
+    minutes: float
+    until: float
+    log: Log
+
+
+class Average:
+    """An exponential moving average of parameters: what is shipped."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.names = [name for name, _ in network.named_parameters()]
+        self.live = [parameter for _, parameter in network.named_parameters()]
+        self.kept = [parameter.detach().clone() for parameter in self.live]
+        self._steps = 0
+
+    def update(self) -> None:
+        self._steps += 1
+        decay = min(EMA, self._steps / (self._steps + 10))
+        torch._foreach_lerp_(self.kept, [p.detach() for p in self.live], 1 - decay)
+
+    @torch.no_grad()
+    def settle(self, *networks: nn.Module) -> None:
+        """Rounds the averages of networks to what their files hold; they are theirs from then on, and stay."""
+        theirs = {id(parameter) for network in networks for parameter in network.parameters()}
+        for kept, live in zip(self.kept, self.live, strict=True):
+            if id(live) in theirs:
+                kept.copy_(kept.to(TEXT_DTYPE))
+                live.copy_(kept)
+                live.requires_grad_(False)
+
+    def swap(self) -> None:
+        """Exchanges the average and what is trained."""
+        for kept, live in zip(self.kept, self.live, strict=True):
+            trained = live.detach().clone()
+            live.data.copy_(kept)
+            kept.copy_(trained)
+
+
+def rate(step: int, done: float, peak: float) -> float:
+    """The learning rate: up in a line for the first steps, down along a cosine with the part that is done."""
+    return peak * min(1.0, (step + 1) / WARM) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def paced(piece: Piece) -> Iterator[float]:
+    """Counts steps: gives which part of them is done, 0 to 1."""
+    began, step = time.monotonic(), 0
+    total = piece.steps
+    while total is None or step < total:
+        if total is None and step == TIMED:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            began = time.monotonic()
+        if total is None and step == 3 * TIMED:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            took = (time.monotonic() - began) / (2 * TIMED)
+            left = min(piece.minutes * 60, piece.until - time.time())
+            total = step + max(1, int(left / took))
+            piece.log(steps=total, milliseconds_a_step=round(took * 1e3, 2))
+        yield 0.0 if total is None else step / total
+        step += 1
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 on a GPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
