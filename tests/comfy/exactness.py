@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import click
 import torch
 
-from tests.live.service import Service
+from tests.live.service import Service, serving
 from xditd.models.making import make_flux
 
 ROOT = Path(__file__).parents[2]
@@ -78,11 +79,11 @@ def main(comfyuis: Sequence[str], samplers: int, write: bool) -> None:
         own, xfuser = {}, {}
         for comfy in comfies:
             ranks = [comfy.python, "-m", "tests.comfy.inside.rank"]
-            with serving(
+            with seeing(
                 Path(folder), comfy.environment(), **{"debug.rank_command": ranks, "devices.cpu_ranks": 1}
             ) as service:
                 own[comfy.version] = comfy.compare(model, service, limit)
-            with serving(Path(folder), {}, **{"devices.cpu_ranks": 2}) as service:
+            with seeing(Path(folder), {}, **{"devices.cpu_ranks": 2}) as service:
                 xfuser[comfy.version] = comfy.compare(model, service, limit, "--amplify")
     text = document(own, xfuser)
     click.echo(text)
@@ -94,24 +95,18 @@ def main(comfyuis: Sequence[str], samplers: int, write: bool) -> None:
         sys.exit(1)
 
 
-class serving:
-    """A daemon while it lasts."""
-
-    def __init__(self, folder: Path, environment: dict[str, str], **settings: Any) -> None:
-        base = {
-            "devices.kind": "cpu",
-            "devices.threads": 1,
-            "models.folders": {"diffusion_models": [str(folder / "diffusion_models")]},
-        }
-        self.home = tempfile.TemporaryDirectory()
-        self.service = Service(Path(self.home.name), {**base, **settings}, environment)
-
-    def __enter__(self) -> Service:
-        return self.service
-
-    def __exit__(self, *exception: object) -> None:
-        self.service.stop()
-        self.home.cleanup()
+@contextmanager
+def seeing(models: Path, environment: dict[str, str], **settings: Any) -> Iterator[Service]:
+    """A daemon that sees these models, with a folder of its own."""
+    base = {
+        "devices.threads": 1,
+        "models.folders": {"diffusion_models": [str(models / "diffusion_models")]},
+    }
+    with (
+        tempfile.TemporaryDirectory() as home,
+        serving(Path(home), environment, **base, **settings) as service,
+    ):
+        yield service
 
 
 def over(xfuser: dict[str, list[Line]]) -> list[Line]:

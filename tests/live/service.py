@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +73,20 @@ class Service:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(60)
+
+
+@contextmanager
+def serving(folder: Path, environment: Mapping[str, str] | None = None, **settings: Any) -> Iterator[Service]:
+    """A daemon for as long as its tests take: on a CPU and with small arenas, unless the settings say otherwise."""
+    service = Service(folder, {"devices.kind": "cpu", "arena.first_bytes": "4MiB", **settings}, environment)
+    try:
+        yield service
+    finally:
+        try:
+            service.stop()
+        except subprocess.TimeoutExpired:
+            service.kill()
+            raise
 
 
 def wait_for(condition: Callable[[], T], what: str, seconds: float = 60.0) -> T:

@@ -15,7 +15,7 @@ import zmq
 from safetensors.torch import save_file
 
 from tests.live.conftest import FLUX, VAE
-from tests.live.service import Service
+from tests.live.service import Service, serving
 from xditd.client import Client
 from xditd.models.making import make_flux, make_vae
 from xditd.protocol import codec
@@ -47,14 +47,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     settings = {
-        "devices.kind": "cpu",
         "devices.cpu_ranks": 4,
-        "arena.first_bytes": "4MiB",
         "models.folders": {kind: [str(folder / kind)] for kind in ("diffusion_models", "vae")},
     }
-    service = Service(tmp_path_factory.mktemp("s"), settings)
-    yield service
-    service.stop()
+    with serving(tmp_path_factory.mktemp("s"), **settings) as service:
+        yield service
 
 
 @pytest.fixture

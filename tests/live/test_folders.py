@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.live.service import Service
+from tests.live.service import Service, serving
 from tests.models.diffusers_folders import KINDS, pipeline, save
 from xditd.client import Client
 from xditd.models.families import load
@@ -39,13 +39,11 @@ def service(makers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     for part, kind in PARTS.items():
         save(kind, makers / f"{part}.safetensors", whole / part, shard="300KB")
     settings = {
-        "devices.kind": "cpu",
         "devices.cpu_ranks": 2,
         "models.folders": {"checkpoints": [str(checkpoints)]},
     }
-    service = Service(tmp_path_factory.mktemp("s"), settings)
-    yield service
-    service.stop()
+    with serving(tmp_path_factory.mktemp("s"), **settings) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")

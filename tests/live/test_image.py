@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.live.conftest import FLUX, VAE
-from tests.live.service import Service
+from tests.live.service import Service, serving
 from tests.rank.reference import Reference, error, euler
 from xditd.models.making import flux_facts, vae_facts
 from xditd.models.vae.config import config as vae_config
@@ -25,14 +25,11 @@ def service(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: Path
 ) -> Iterator[Service]:
     settings = {
-        "devices.kind": "cpu",
         "devices.cpu_ranks": 4,
-        "arena.first_bytes": "4MiB",
         "models.folders": {kind: [str(models / kind)] for kind in ("diffusion_models", "vae")},
     }
-    service = Service(tmp_path_factory.mktemp("s"), settings)
-    yield service
-    service.stop()
+    with serving(tmp_path_factory.mktemp("s"), **settings) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.live.conftest import FLUX
-from tests.live.service import Service
+from tests.live.service import Service, serving
 from tests.live.test_image import MODEL, given, noise
 from xditd.catalog.families import flux
 from xditd.models.making import flux_facts
@@ -22,14 +22,11 @@ PLAN = PlanRequest(ulysses=2)
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Service]:
     settings = {
-        "devices.kind": "cpu",
         "devices.cpu_ranks": 2,
-        "arena.first_bytes": "4MiB",
         "models.folders": {"diffusion_models": [str(models / "diffusion_models")]},
     }
-    service = Service(tmp_path_factory.mktemp("s"), settings)
-    yield service
-    service.stop()
+    with serving(tmp_path_factory.mktemp("s"), **settings) as service:
+        yield service
 
 
 def mapped(pid: int, path: Path) -> dict[str, int]:

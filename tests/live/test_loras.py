@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.live.conftest import FLUX
-from tests.live.service import Service
+from tests.live.service import Service, serving
 from tests.live.test_image import MODEL, SIGMAS, given, noise
 from tests.rank.reference import Reference, error, euler
 from xditd.client import Client
@@ -37,14 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, models: Path, folder: Path) -> Iterator[Service]:
     settings = {
-        "devices.kind": "cpu",
         "devices.cpu_ranks": 2,
-        "arena.first_bytes": "4MiB",
         "models.folders": {"diffusion_models": [str(models / "diffusion_models")], "loras": [str(folder)]},
     }
-    service = Service(tmp_path_factory.mktemp("s"), settings)
-    yield service
-    service.stop()
+    with serving(tmp_path_factory.mktemp("s"), **settings) as service:
+        yield service
 
 
 @pytest.fixture

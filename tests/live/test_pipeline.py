@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.live.conftest import FLUX
-from tests.live.service import Service
+from tests.live.service import serving
 from tests.rank.families import normal
 from tests.rank.reference import Reference, error, euler
 from xditd.client import Client, Run
@@ -30,15 +30,11 @@ GIVEN = {
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Client]:
     settings = {
-        "devices.kind": "cpu",
         "devices.cpu_ranks": 2,
-        "arena.first_bytes": "4MiB",
         "models.folders": {"diffusion_models": [str(models / "diffusion_models")]},
     }
-    service = Service(tmp_path_factory.mktemp("s"), settings)
-    with service.client() as client:
+    with serving(tmp_path_factory.mktemp("s"), **settings) as service, service.client() as client:
         yield client
-    service.stop()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from tests.live.service import Service
+from tests.live.service import Service, serving
 from tests.rank.families import CASES
 from xditd.cli.drawing import random_conditioning
 from xditd.cli.schedule import habits, known, sigmas
@@ -31,11 +31,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     models = tmp_path_factory.mktemp("models")
     for name in DRAWN:
         CASES[name].make(models / f"{name}.safetensors")
-    settings = {"devices.kind": "cpu", "models.folders": {"diffusion_models": [str(models)]}}
-    service = Service(tmp_path_factory.mktemp("s"), settings)
-    service.models = models
-    yield service
-    service.stop()
+    settings = {"models.folders": {"diffusion_models": [str(models)]}}
+    with serving(tmp_path_factory.mktemp("s"), **settings) as service:
+        service.models = models
+        yield service
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.live.service import Service
+from tests.live.service import Service, serving
 from tests.models.text_references import END, ClipReference, T5Reference
 from xditd.client.buffers import Buffer
 from xditd.models.making import make_text_models
@@ -35,14 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     kinds = ("diffusion_models", "vae", "checkpoints", "text_encoders")
     settings = {
-        "devices.kind": "cpu",
         "devices.cpu_ranks": 2,
-        "arena.first_bytes": "4MiB",
         "models.folders": {kind: [str(folder / kind)] for kind in kinds},
     }
-    service = Service(tmp_path_factory.mktemp("s"), settings)
-    yield service
-    service.stop()
+    with serving(tmp_path_factory.mktemp("s"), **settings) as service:
+        yield service
 
 
 def tokens(length: int = 77, batch: int = 2) -> torch.Tensor:
