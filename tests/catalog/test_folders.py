@@ -14,8 +14,10 @@ from tests.catalog.test_transformers import SDXL
 from xditd.catalog.catalog import Catalog
 from xditd.catalog.detection import recognise
 from xditd.catalog.families import clip, t5
+from xditd.catalog.families import flux as flux_family
 from xditd.catalog.layouts import LAYOUTS
 from xditd.catalog.roots import model_roots
+from xditd.catalog.weights import read_weights
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.plans import ModelRef
 
@@ -31,30 +33,36 @@ def named(family: str, facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     return {name: piece.shape(shapes[piece.key]) for name, piece in LAYOUTS[family].pieces(facts, "").items()}
 
 
-def saved(folder: Path, shapes: Mapping[str, tuple[int, ...]], shards: int = 1) -> Path:
-    """Writes a model as diffusers does."""
+def saved(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    shards: int = 1,
+    stem: str = "diffusion_pytorch_model",
+) -> Path:
+    """Writes a model as diffusers does; with the stem "model", as transformers does."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     if shards == 1:
-        write(folder / "diffusion_pytorch_model.safetensors", entries(shapes))
+        write(folder / f"{stem}.safetensors", entries(shapes))
         return folder
     where = {}
     for number in range(shards):
-        name = f"diffusion_pytorch_model-{number + 1:05}-of-{shards:05}.safetensors"
+        name = f"{stem}-{number + 1:05}-of-{shards:05}.safetensors"
         mine = dict(list(shapes.items())[number::shards])
         where |= dict.fromkeys(mine, name)
         write(folder / name, entries(mine))
-    set_index(folder, where)
+    set_index(folder, where, stem)
     return folder
 
 
-def set_index(folder: Path, where: Mapping[str, str]) -> None:
-    path = folder / "diffusion_pytorch_model.safetensors.index.json"
+def set_index(folder: Path, where: Mapping[str, str], stem: str = "diffusion_pytorch_model") -> None:
+    path = folder / f"{stem}.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def index(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
+    (path,) = folder.glob("*.safetensors.index.json")
+    return json.loads(path.read_text())["weight_map"]
 
 
 @pytest.fixture
@@ -147,6 +155,30 @@ def test_shards_of_a_text_encoder_are_one_model(catalog, models):
     saved(models / "text_encoders" / "t5", t5.parameters(facts), shards=2)
     (info,) = catalog.list("text_encoders")[0]
     assert (info.name, info.family) == ("t5", "t5")
+
+
+def test_shards_in_the_makers_names_are_one_model(tmp_path):
+    header = read_weights(saved(tmp_path / "flux", flux_family.parameters(SMALL_FLUX), 3, "model"))
+    assert recognise(header, "transformer").facts == SMALL_FLUX
+    assert len(header.files) == 3
+    assert {entry.file for entry in header.tensors.values()} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"img_in.weight": "../../etc/passwd"},
+        {"img_in.weight": "gone.safetensors"},
+        {"more.weight": "model-00001-of-00003.safetensors"},
+    ],
+    ids=["outside", "gone", "not in it"],
+)
+def test_an_index_that_lies_is_refused(tmp_path, lie):
+    folder = saved(tmp_path / "flux", flux_family.parameters(SMALL_FLUX), 3, "model")
+    set_index(folder, index(folder) | lie, "model")
+    with pytest.raises(XditError) as caught:
+        read_weights(folder)
+    assert caught.value.code in (Code.FILE_INVALID, Code.MODEL_NOT_VISIBLE)
 
 
 def test_a_missing_shard_is_named(catalog, flux):

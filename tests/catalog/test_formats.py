@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.catalog.sparse_files import SMALL_FLUX, entries, header_of, write
+from tests.catalog.sparse_files import SMALL_FLUX, header_of
 from xditd.catalog.catalog import Catalog
 from xditd.catalog.detection import recognise
 from xditd.catalog.families import flux
@@ -147,40 +146,3 @@ def test_no_spoilt_gguf_header_does_anything_but_be_refused(tmp_path: Path) -> N
             error.message.encode()
 
     spoil()
-
-
-# ------------------------------------------------------------------------------------------------------ folders
-
-
-def shards(folder: Path, count: int = 3, **spoilt: Any) -> Path:
-    """A Flux in its makers' names, in several files with an index, as one of them."""
-    folder.mkdir(parents=True)
-    shapes = list(flux.parameters(SMALL_FLUX).items())
-    where = {}
-    for number in range(count):
-        name = f"model-{number + 1:05}-of-{count:05}.safetensors"
-        mine = dict(shapes[number::count])
-        where |= dict.fromkeys(mine, name)
-        write(folder / name, entries(mine))
-    index = {"metadata": {}, "weight_map": where | spoilt}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
-
-
-def test_shards_are_one_model(tmp_path: Path) -> None:
-    header = read_weights(shards(tmp_path / "flux"))
-    assert recognise(header, "transformer").facts == SMALL_FLUX
-    assert len(header.files) == 3
-    assert {entry.file for entry in header.tensors.values()} == {0, 1, 2}
-
-
-def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
-    for number, spoilt in enumerate(
-        (
-            {"img_in.weight": "../../etc/passwd"},
-            {"img_in.weight": "gone.safetensors"},
-            {"more.weight": "model-00001-of-00003.safetensors"},
-        )
-    ):
-        error = refusal(read_weights, shards(tmp_path / str(number), **spoilt))
-        assert error.code in (Code.FILE_INVALID, Code.MODEL_NOT_VISIBLE)
