@@ -138,7 +138,7 @@ def test_a_run_with_other_loras_waits_for_the_group(service: Service, client: Cl
     heard = []
     with service.client() as other, client.open_run(MODEL, PLAN, lora=[("ink.safetensors", 0.8)]):
         with pytest.raises(XditError) as caught:
-            other.open_run(MODEL, PLAN, timeout=0.2, on_event=heard.append)
+            other.open_run(MODEL, PLAN, timeout=1.0, on_event=heard.append)
         assert caught.value.code == Code.TIMEOUT
         assert heard[0].phase == "waiting"
         with other.open_run(MODEL, PLAN, lora=[("ink.safetensors", 0.8)], timeout=30):
@@ -148,6 +148,7 @@ def test_a_run_with_other_loras_waits_for_the_group(service: Service, client: Cl
 
 
 def test_what_does_not_fit_is_refused_before_any_rank_is_asked(client: Client) -> None:
+    client.load(MODEL, PLAN)
     turns = client.status().groups[0].turns
     for name, code in (
         ("other.safetensors", Code.LORA_MISMATCH),
