@@ -6,7 +6,7 @@ Flux is drawn with in test_loras; here are the others, each held against plain d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.live.service import Service, serving
 from tests.rank.families import CASES
+from tests.rank.reference import descend, error, slope
 from xditd.cli.drawing import random_conditioning
 from xditd.cli.schedule import habits, known, sigmas
 from xditd.cli.xditctl import main
@@ -61,22 +62,14 @@ def test_a_family_is_drawn_with_as_plain_diffusers_draws(
     if info.family == "hunyuandit":  # text throughout, which the daemon takes for granted
         conditioning |= {f"mask{key[7:]}": torch.ones(text.shape[:2]) for key, text in conditioning.items()}
     x = torch.as_tensor(files.noise((1, case.channels, SIDE, SIDE), SEED))
-    table = torch.tensor([0.0] if case.predicts == "flow" else known(info).sigmas())
+    velocity = partial(slope, case.predicts, known(info).sigmas(), partial(predict, given=conditioning))
     x = x * (1.0 if case.predicts == "flow" else (1 + schedule[0] ** 2) ** 0.5)
-    for sigma, after in pairwise(schedule):
-        root = (1 + sigma**2) ** 0.5
-        if case.predicts == "flow":
-            slope = predict(x, torch.tensor([1000 * sigma]), conditioning)
-        else:
-            t = (table.log() - torch.tensor(sigma).log()).abs().argmin().float()[None]
-            output = predict(x / root, t, conditioning)
-            slope = output if case.predicts == "eps" else (x * sigma / root + output) / root
-        x = x + (after - sigma) * slope
+    x = descend(velocity, schedule, x)
     expected = x / habits(info).scale + habits(info).shift
-    error = float((drawn - expected).abs().max() / expected.std())
+    figure = error(drawn, expected)
     with capsys.disabled():
         print(
-            f"\n  xditctl sample, {name}, {STEPS} steps from {schedule[0]:.4g}: {error:.1e} from plain diffusers",
+            f"\n  xditctl sample, {name}, {STEPS} steps from {schedule[0]:.4g}: {figure:.1e} from plain diffusers",
             end="",
         )
-    assert error < TOLERANCE
+    assert figure < TOLERANCE

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,8 @@ from xditd.models.flux.config import config
 from xditd.models.reading import WeightFile, fill
 
 CPU = torch.device("cpu")
+
+Output = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Reference:
@@ -51,11 +54,38 @@ class Reference:
 def euler(
     velocity: Callable[[torch.Tensor, float], torch.Tensor], sigmas: list[float], noise: torch.Tensor
 ) -> torch.Tensor:
-    """The shortest form of Euler's method on a rectified flow, from pure noise: x + v·dσ."""
-    x = noise * sigmas[0]
+    """Euler's method on a rectified flow, from pure noise."""
+    return descend(velocity, sigmas, noise * sigmas[0])
+
+
+def descend(
+    slope: Callable[[torch.Tensor, float], torch.Tensor], sigmas: Sequence[float], x: torch.Tensor
+) -> torch.Tensor:
+    """The shortest form of Euler's method, from an x at the first sigma: x + dx/dσ·dσ."""
     for sigma, onward in pairwise(sigmas):
-        x = x + velocity(x, sigma) * (onward - sigma)
+        x = x + slope(x, sigma) * (onward - sigma)
     return x
+
+
+def slope(
+    predicts: str, table: Sequence[float], predict: Output, x: torch.Tensor, sigma: float
+) -> torch.Tensor:
+    """dx/dσ, written anew: a flow's velocity is it; with x = x0 + σ·eps, eps is it, and v tells x0 (Salimans and Ho 2022).
+
+    Args:
+        predicts: "flow", "eps" or "v".
+        table: the sigma of every timestep that the model was trained at; not looked at for a flow.
+        predict: the network's output for x and t [1], as it takes them.
+    """
+    if predicts == "flow":
+        return predict(x, torch.tensor([1000 * sigma]))
+    root = (1 + sigma**2) ** 0.5
+    t = (torch.tensor(table).log() - math.log(sigma)).abs().argmin().float()[None]
+    output = predict(x / root, t)
+    if predicts == "eps":
+        return output
+    x0 = x / root**2 - output * sigma / root
+    return (x - x0) / sigma
 
 
 def error(value: torch.Tensor, expected: torch.Tensor) -> float:

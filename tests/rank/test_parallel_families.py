@@ -5,17 +5,15 @@ Real ranks with real xfuser over gloo. Figures are the largest difference over t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 
 from tests.rank.families import CASES, Case, Predict, normal
 from tests.rank.ranks import Ranks, check_weights, framed, running
-from tests.rank.reference import error, euler
+from tests.rank.reference import error, euler, slope
 from xditd.catalog.families import TRANSFORMERS
 from xditd.protocol import orders
 from xditd.protocol.messages import DenoiseItem
@@ -124,18 +122,6 @@ def test_a_model_is_sampled_as_one_process_samples_it(world: World) -> None:
     for step in range(3):
         _, outputs = ranks.turn(orders.TurnSample(order=10 + step, run=2, step=step))
     ranks.send(orders.ForgetRun(run=2))
-    expected = euler(partial(slope, case, partial(reference, given=given)), sigmas, noise)
+    table = TRANSFORMERS[case.family].noise({"v": 0, "zsnr": 0, "sizes": 0}).sigmas()
+    expected = euler(partial(slope, case.predicts, table, partial(reference, given=given)), sigmas, noise)
     assert error(outputs[0], expected) < TOLERANCE
-
-
-def slope(case: Case, predict: Any, x: torch.Tensor, sigma: float) -> torch.Tensor:
-    """dx/dσ, written anew: a flow's velocity is it; with x = x0 + σ·eps, eps is it, and v tells x0 (Salimans and Ho 2022)."""
-    if case.predicts == "flow":
-        return predict(x, torch.tensor([1000 * sigma]))
-    root = (1 + sigma**2) ** 0.5
-    table = torch.tensor(TRANSFORMERS[case.family].noise({"v": 0, "zsnr": 0, "sizes": 0}).sigmas())
-    output = predict(x / root, (table.log() - math.log(sigma)).abs().argmin().float()[None])
-    if case.predicts == "eps":
-        return output
-    x0 = x / root**2 - output * sigma / root
-    return (x - x0) / sigma
