@@ -50,6 +50,13 @@ PARAMS = [
 World = tuple[str, Ranks, Predict, Case]
 
 
+def test_every_family_and_every_plan_of_two_is_in_make_test() -> None:
+    quick = [parameter.values[0] for parameter in PARAMS if not parameter.marks]
+    assert set(quick) == {(name, world) for name, worlds in QUICK.items() for world in worlds}
+    assert {CASES[name].family for name, _ in quick} == {case.family for case in CASES.values()}
+    assert {world for _, world in quick} >= {"one", *WORLDS}
+
+
 @pytest.fixture(scope="module", params=PARAMS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     name, kind = request.param
