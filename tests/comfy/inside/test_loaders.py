@@ -16,7 +16,7 @@ import torch
 from comfy_extras import nodes_clip_sdxl, nodes_hunyuan
 from safetensors.torch import load_file
 
-from comfy_nodes import daemon, loaders
+from comfy_nodes import daemon, loaders, samplers
 from tests.comfy.inside import own
 from tests.comfy.inside.conftest import BERT, CLIP_G, CLIP_L, FLUX, MT5, T5, XFUSER_RANKS, Serve, pieces
 from tests.comfy.inside.test_clip import CONFIGS, apart
@@ -218,6 +218,58 @@ def test_a_choice_that_cannot_be_is_refused_before_the_daemon_is_asked(
     nobody = {"weight_dtype": "default", "endpoint": "ipc:///nobody/there.sock", **choice}
     with pytest.raises(XditError, match=word):
         loaders.LoadUNet.execute(folder_paths.get_filename_list("diffusion_models")[0], **nobody)
+
+
+@pytest.mark.parametrize(
+    ("choices", "fallback"),
+    [({"fallback": True}, "auto"), ({"fallback": False}, "never"), ({}, "never")],
+    ids=str,
+)
+def test_the_switch_fallback_is_asked_of_the_daemon(choices: dict[str, Any], fallback: str) -> None:
+    assert loaders._plan(choices).fallback == fallback
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the nodes say."""
+    lines: list[str] = []
+    for module in (loaders, samplers):
+        monkeypatch.setattr(module, "say", lines.append)
+    return lines
+
+
+def test_fewer_devices_than_were_asked_for_are_said_on_the_loader_and_on_the_sampler(
+    serve: Serve, service: Service, folder: Path, said: list[str]
+) -> None:
+    """The second of two ranks does not start, and the latent is that of one device all the same."""
+    lame = serve(
+        **{
+            "debug.rank_command": XFUSER_RANKS,
+            "debug.rank_options": {"only_rank": "1", "fail_at_load": "1"},
+            "devices.cpu_ranks": 2,
+            "models.folders": {"checkpoints": [str(folder / "checkpoints")]},
+        }
+    )
+    asked = {"strategy": "USP", "endpoint": lame.endpoint}
+    with pytest.raises(XditError, match="A fault that a test asked for"):
+        loaders.LoadCheckpoint.execute("bare.safetensors", **asked)
+    model, _, _, dispatcher = loaders.LoadCheckpoint.execute(
+        "bare.safetensors", fallback=True, **asked
+    ).result
+    degraded = "degraded: ulysses 2 on cpu:0, cpu:1 could not be had"
+    (line,) = said
+    assert line.startswith("⚠️ bare.safetensors loaded in ")
+    assert " on cpu:0; " in line
+    assert degraded in line
+    said.clear()
+    context, pooled = torch.randn(1, 24, T5["width"]), torch.randn(1, CLIP_L["width"])
+    given = [[context, {"pooled_output": pooled}]]
+    shared = dict(zip(samplers.SHARED, (2, 1.0, "euler", "simple", given, given, latent()), strict=True))
+    (ours,) = samplers.KSampler.execute(1, 1.0, model=model, dispatcher=dispatcher, **shared).result
+    (line,) = said
+    assert line.startswith("⚠️ cpu:0 (")
+    assert degraded in line
+    assert torch.equal(ours["samples"], sample(checkpoint(service, "bare.safetensors")[0], given))
 
 
 def test_a_chinese_comma_is_a_comma_too() -> None:
