@@ -18,7 +18,7 @@ check: $(READY)           ## format, lint, types; the layering test is part of m
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-soak: $(READY)            ## what is too long for make test: kills, leaks, long runs
+soak: $(READY)            ## what is too long for make test: long lives and deaths, and every family under every plan
 	$(BIN)/python -m pytest -m soak
 
 bench: $(READY)           ## the hand-off beside its peers, as ratios (installs ray)

@@ -160,7 +160,8 @@ def document(own: dict[str, list[Line]], xfuser: dict[str, list[Line]]) -> str:
     )
     return f"""# How exact it is
 
-Every figure of the first three tables is made by one command, in ComfyUI's own environments and against real daemons:
+Every figure of the first two tables is made by one command, in ComfyUI's own environments and against real daemons; it
+makes the third as well:
 
     make exactness COMFYUI="CHECKOUT=PYTHON CHECKOUT=PYTHON"
 

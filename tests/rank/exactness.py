@@ -31,6 +31,7 @@ PLANS: dict[str, dict[str, int]] = {
     "one device": {},
     "ulysses 2": {"ulysses": 2},
     "ring 2": {"ring": 2},
+    "tensor 2": {"tensor": 2},
     "cfg 2": {"cfg": 2},
 }
 
