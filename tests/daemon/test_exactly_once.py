@@ -141,6 +141,26 @@ class Daemon(RuleBasedStateMachine):
         if not alive:
             self.world.leave(group)
 
+    @precondition(lambda self: any(run.group for run in self.runs()))
+    @rule(
+        data=st.data(),
+        rank=st.integers(0, 1),
+        code=st.sampled_from(["model_not_visible", "out_of_memory", "rank_lost"]),
+    )
+    def rank_raises_at_what_a_run_brought(self, data, rank, code):
+        run = data.draw(st.sampled_from([run for run in self.runs() if run.group]))
+        group = self.world.group(run)
+        report = o.RankFailed(
+            rank=rank % len(group.ranks),
+            order=None,
+            run=run.id,
+            code=code,
+            message="m",
+            traceback="",
+            alive=False,
+        )
+        self.world.core.rank_failed(group, report, self.world.now)
+
     @precondition(lambda self: self.groups("leaving"))
     @rule(data=st.data())
     def ranks_leave(self, data):
@@ -213,9 +233,7 @@ class Daemon(RuleBasedStateMachine):
 
     @invariant()
     def no_device_stands_idle_while_a_run_could_have_it(self):
-        core = self.world.core
-        waiting = [queue for queue in core.turns.queues.values() if queue.waiting]
-        assert all(not one.devices.isdisjoint(core.turns.busy) for one in waiting) or core.turns.busy
+        assert self.world.core.turns.next() is None
 
     @invariant()
     def devices_are_busy_only_with_turns_under_way(self):
