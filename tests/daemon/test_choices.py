@@ -25,9 +25,10 @@ def candidates(request: m.PlanRequest, info=None, size=(0, 0), too_large=lambda 
     return explain(request, info, GPUS, "bfloat16", MARGIN, too_large, size)
 
 
-def only(found: tuple[Candidate, ...], **degrees: int) -> Candidate:
+def only(found: tuple[Candidate, ...], offload: str = "", **degrees: int) -> Candidate:
     names = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
-    (one,) = [c for c in found if all(getattr(c.plan, name) == degrees.get(name, 1) for name in names)]
+    alike = [c for c in found if all(getattr(c.plan, name) == degrees.get(name, 1) for name in names)]
+    (one,) = [c for c in alike if c.plan.offload == offload]
     return one
 
 
@@ -89,7 +90,22 @@ def test_a_request_that_would_be_refused_is_told_with_what_there_is_instead():
 def test_a_vae_has_one_device():
     found, _ = candidates(m.PlanRequest(), VAE)
     assert found[0].plan.devices == ("cuda:0",)
-    assert {one.verdict for one in found[1:]} == {"rejected"}
+    assert only(found, "model").verdict == "possible"
+    assert only(found, "layerwise").reason.startswith("layerwise offload is of no use for an AutoencoderKL")
+    assert {one.verdict for one in found[1:] if not one.plan.offload} == {"rejected"}
+
+
+def test_a_plan_with_offload_is_named_with_what_it_has_on_a_device():
+    info = structs.replace(flux(), parameters=11_900_000_000)
+    found, _ = candidates(m.PlanRequest(devices=FOUR), info)
+    assert (only(found, "model").verdict, only(found, "layerwise").verdict) == ("possible", "possible")
+    assert only(found, "model").weights == 2 * info.parameters
+    # Flux.1 dev: a double block has 339.8 million parameters, what is in no block 64.2 million.
+    assert only(found, "layerwise").weights == pytest.approx(2 * (2 * 339.8e6 + 64.2e6), rel=1e-3)
+    found, refusal = candidates(m.PlanRequest(devices=("0",), offload="layerwise"), info)
+    assert refusal is None
+    assert (found[0].verdict, found[0].plan.offload) == ("chosen", "layerwise")
+    assert only(found).reason == "exact; leaves 0 of 1 devices idle"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
@@ -109,4 +125,5 @@ def test_what_a_plan_is_said_to_take_is_what_it_is_counted_with_awake_and_asleep
         key = Key("/flux", "", "bfloat16", one.plan)
         assert residency.needs(found, key) == dict.fromkeys(one.plan.devices, one.weights + one.activations)
         group = Group("g1", 1, m.ModelRef(kind="diffusion_models", name="flux"), found, key, started=0.0)
-        assert residency.host_bytes(group) == one.weights * len(one.plan.devices)
+        asleep = 0 if one.plan.offload else one.weights * len(one.plan.devices)
+        assert residency.host_bytes(group) == asleep

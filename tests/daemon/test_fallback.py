@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.daemon.test_planner import GPUS, flux
+from tests.daemon.test_planner import GPUS, VAE, flux
 from tests.daemon.world import REF, World
 from xditd.daemon.chronicle import Chronicle
 from xditd.daemon.fallback import LEADS_DOWN, Ladder, Lately, spell
@@ -13,9 +13,14 @@ from xditd.daemon.requests import Requests
 from xditd.daemon.runs import Run
 from xditd.daemon.sight import Sight
 from xditd.protocol import messages as m
+from xditd.protocol import orders as o
+from xditd.protocol.tensors import Tensor
 
 TWO = m.Plan(devices=("cpu:0", "cpu:1"), ulysses=2)
 ONE = m.Plan(devices=("cpu:0",), reason="one device")
+
+
+OFFLOADED = [f"The plan on cuda:0 with {offload} offload" for offload in ("model", "layerwise")]
 
 
 def below(**asked: object) -> list[str]:
@@ -25,30 +30,36 @@ def below(**asked: object) -> list[str]:
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ({"ulysses": 4}, ["ulysses 2 on cuda:0, cuda:1", "The plan on cuda:0"]),
+        ({"ulysses": 4}, ["ulysses 2 on cuda:0, cuda:1", "The plan on cuda:0", *OFFLOADED]),
         (
             {"ulysses": 2, "ring": 2},
-            ["ulysses 2 on cuda:0, cuda:1", "The plan on cuda:0"],
+            ["ulysses 2 on cuda:0, cuda:1", "The plan on cuda:0", *OFFLOADED],
         ),
         (
             {"strategy": "Tensor", "devices": ("2", "3")},
-            ["The plan on cuda:2"],
+            ["The plan on cuda:2", *(one.replace(":0", ":2") for one in OFFLOADED)],
         ),
         (
             {"strategy": "CFG", "devices": ("0-3",)},
-            ["cfg 2 on cuda:0, cuda:1", "The plan on cuda:0"],
+            ["cfg 2 on cuda:0, cuda:1", "The plan on cuda:0", *OFFLOADED],
         ),
         (
             {"strategy": "PipeFusion", "devices": ("0-3",)},
-            ["pipefusion 2 on cuda:0, cuda:1", "The plan on cuda:0"],
+            ["pipefusion 2 on cuda:0, cuda:1", "The plan on cuda:0", *OFFLOADED],
         ),
-        ({"ring": 3, "devices": ("0-2",)}, ["The plan on cuda:0"]),
-        ({"devices": ("0",)}, []),
+        ({"ring": 3, "devices": ("0-2",)}, ["The plan on cuda:0", *OFFLOADED]),
+        ({"devices": ("0",)}, OFFLOADED),
+        ({"devices": ("0",), "offload": "model"}, OFFLOADED[1:]),
+        ({"devices": ("0",), "offload": "layerwise"}, []),
     ],
     ids=str,
 )
-def test_the_ladder_of_a_plan_is_its_strategy_with_half_the_devices_and_at_last_one(asked, expected):
+def test_the_ladder_of_a_plan_is_its_strategy_with_half_the_devices_one_and_offload(asked, expected):
     assert below(**asked) == expected
+
+
+def test_a_vae_is_not_offloaded_layer_by_layer():
+    assert [spell(rung) for rung in rungs(plan(m.PlanRequest(), VAE, GPUS), VAE)] == OFFLOADED[:1]
 
 
 def test_a_rung_leaves_out_the_devices_on_which_something_failed():
@@ -199,3 +210,94 @@ def test_a_model_that_is_too_large_for_one_device_stays_refused():
     with pytest.raises(Exception, match="needs") as refused:
         world.core.open(b"comfy", "test", request, found, keys, world.now, (), Ladder.of((TWO,), (ONE,)))
     assert refused.value.code == "out_of_memory"
+
+
+# ------------------------------------------------------------------------------------------ for want of memory
+
+OFFLOADS = tuple(m.Plan(devices=("cpu:0",), offload=offload) for offload in ("model", "layerwise"))
+BATCH = Tensor(dtype="float32", shape=(3, 16, 8, 8), segment=1)
+
+
+def test_only_a_lack_of_memory_leads_to_offload_and_to_splitting():
+    ladder = Ladder.of((TWO,), (ONE, *OFFLOADS), splits=True)
+    one, below = ladder.down("start", "load_failed", "It raised.", batch=3)
+    assert one.devices == ("cpu:0",)
+    assert below.down("start", "load_failed", "It raised.") is None
+    assert below.down("turn", "rank_lost", "It died.", batch=3) is None
+    full, below = below.down("start", "out_of_memory", "It is full.")
+    assert (full.offload, below.singly) == ("model", False)
+    last, below = below.down("turn", "out_of_memory", "It is full.")
+    assert last.offload == "layerwise"
+    assert below.down("turn", "out_of_memory", "It is full.") is None
+
+
+def test_a_batch_is_split_before_the_last_of_several_devices_is_given_up_and_once():
+    four = plan(m.PlanRequest(ulysses=4), flux(), GPUS)
+    ladder = Ladder.of((four,), rungs(four, flux()), splits=True)
+    seen = []
+    while (lower := ladder.down("turn", "out_of_memory", "It is full.", batch=3)) is not None:
+        rung, ladder = lower
+        seen.append((spell(rung), ladder.singly))
+    assert [one for one in seen if one[0].startswith("ulysses 2")] == [
+        ("ulysses 2 on cuda:0, cuda:1", False),
+        ("ulysses 2 on cuda:0, cuda:1", True),
+    ]
+    assert [one for one, singly in seen[2:] if singly] == ["The plan on cuda:0", *OFFLOADED]
+    assert ladder.degraded.endswith("; batches are computed one item after another")
+
+
+def test_the_patches_of_a_pipeline_are_not_split():
+    pipeline = m.Plan(devices=("cpu:0", "cpu:1"), pipefusion=2)
+    rung, ladder = Ladder.of((pipeline,), (ONE,), splits=True).down("turn", "out_of_memory", "Full.", batch=3)
+    assert (rung.devices, ladder.singly) == (("cpu:0",), False)
+
+
+def test_a_turn_without_memory_is_done_item_by_item_in_its_group_and_then_with_offload():
+    world = World(devices=("cpu:0",))
+    found, keys = world.what(REF)
+    request = m.OpenRun(id=world.request(), model=REF)
+    ladder = Ladder.of(tuple(key.plan for key in keys), OFFLOADS, splits=True)
+    run = world.core.open(b"comfy", "test", request, found, keys, world.now, (), ladder)
+    first = world.started[-1]
+    world.ready(first)
+    work = m.Sample(
+        id=world.request(), run=run.id, sampler="euler", sigmas=(1.0, 0.0), noise=BATCH, conditioning="c"
+    )
+
+    def lack(group: object) -> None:
+        failed = o.RankFailed(
+            rank=0, order=group.turn, code="out_of_memory", message="It is full.", traceback="", alive=True
+        )
+        world.core.rank_failed(group, failed, world.now)
+
+    world.core.ask(run, work, (), world.now)
+    lack(first)
+    assert world.group(run) is first, "nothing has to be loaded for it"
+    orders = [order for _, order in world.orders]
+    assert [order.singly for order in orders if isinstance(order, o.BeginSample)] == [False, True]
+    assert [type(order) for order in orders].count(o.ForgetRun) == 1
+    told = [event for event in world.of(work.id) if isinstance(event, m.Rebound)]
+    assert "one item after another" in told[-1].degraded
+
+    lack(first)
+    for offload in ("model", "layerwise"):
+        world.ready(world.started[-1])
+        assert world.group(run).key.plan.offload == offload
+        if offload == "model":
+            lack(world.group(run))
+    world.finish_turn(world.group(run))
+    done = world.end_of(work.id)
+    assert isinstance(done, m.Sampled)
+    assert done.degraded.count("It is full") == 3
+
+
+def test_what_is_never_to_be_degraded_fails_with_its_code():
+    world = World(devices=("cpu:0",))
+    run = world.open_ready()
+    asked = world.sample(run, steps=1)
+    group = world.group(run)
+    failed = o.RankFailed(
+        rank=0, order=group.turn, code="out_of_memory", message="It is full.", traceback="", alive=True
+    )
+    world.core.rank_failed(group, failed, world.now)
+    assert world.end_of(asked).code == "out_of_memory"

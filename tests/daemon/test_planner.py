@@ -19,8 +19,18 @@ def flux(heads: int = 24) -> m.ModelInfo:
         dtype="bfloat16",
         bytes=1,
         parameters=1,
-        facts={"heads": heads, "head_dim": 128, "double_blocks": 19, "single_blocks": 38},
-    )
+        facts={
+            "width": heads * 128,
+            "heads": heads,
+            "head_dim": 128,
+            "double_blocks": 19,
+            "single_blocks": 38,
+            "context_width": 4096,
+            "pooled_width": 768,
+            "latent_channels": 16,
+            "guidance": 1,
+        },
+    )  # fmt: skip
 
 
 VAE = m.ModelInfo(

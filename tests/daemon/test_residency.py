@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from msgspec import structs
 
 from tests.daemon.world import REF, VAE, World
 from xditd.daemon.devices import Device, Memories
@@ -299,3 +301,58 @@ def test_the_groups_of_a_vae_and_a_transformer_are_counted_together():
     used(world, REF)
     used(world, VAE)
     assert groups(world) == {REF.name: "ready", VAE.name: "ready"}
+
+
+def offloaded(name: str, world: World) -> Run:
+    """A run of a model whose weights come for a turn."""
+    ref = m.ModelRef(kind="diffusion_models", name=name)
+    found, keys = world.what(ref)
+    key = structs.replace(keys[0].plan, offload="model")
+    keys = (replace(keys[0], plan=key),)
+    return world.core.open(b"c", "test", m.OpenRun(id=world.request(), model=ref), found, keys, world.now)
+
+
+def test_models_that_come_for_a_turn_need_room_for_the_largest_of_them():
+    world = world_for_two()  # of a hundred bytes, a has 40; two of "d" and one of 40 are 160
+    world.parameters |= {"d": 15, "e": 15}
+    runs = [offloaded(name, world) for name in ("d", "e", "a")]
+    for group in list(world.started):
+        world.ready(group)
+    assert [run.state for run in runs] == ["bound"] * 3
+    assert world.core.fleet.residency.resident(world.core.fleet.groups.values(), "cpu") == 0
+    used(world, B)
+    run = world.open(ref=C)
+    assert groups(world)["c"] == "waiting", "40 stay, and 60 come for a turn: 40 more are too many"
+    assert groups(world)["b"] == "leaving"
+    make_leave(world)
+    world.ready(world.started[-1])
+    assert run.state == "bound"
+
+
+def test_what_comes_for_a_turn_makes_room_too_where_nothing_uses_it():
+    world = World(devices=ONE, memory_total=100, parameters={"d": 20, "a": 10})
+    run = offloaded("d", world)
+    world.ready(world.started[-1])
+    waiting = world.open(ref=A)
+    assert (groups(world), waiting.state) == ({"d": "ready", "a": "waiting"}, "queued"), "a run uses it"
+    world.core.stop(run, "done", world.now)
+    assert groups(world) == {"d": "leaving", "a": "waiting"}
+    make_leave(world)
+    world.ready(world.started[-1])
+    assert waiting.state == "bound"
+
+
+def test_a_model_that_could_never_come_for_a_turn_is_too_large():
+    world = world_for_two()
+    with pytest.raises(XditError, match="needs"):
+        offloaded("large", world)
+
+
+def test_the_hosts_memory_must_have_room_for_what_is_offloaded_from_a_gpu():
+    world = World(devices=("cuda:0",), memory_total=100, parameters=SIZES, host_free=49)
+    run = offloaded("a", world)
+    assert run.code == "out_of_memory"
+    assert "host's memory" in run.problem
+    world.host_free = 51
+    assert offloaded("a", world).state == "queued"
+    assert groups(world) == {"a": "starting"}

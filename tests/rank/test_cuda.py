@@ -180,8 +180,8 @@ def test_all_weights_are_pinned_while_they_sleep(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in network.backbone.state_dict().items()}
     network.weights.sleep()
     place = network.weights._place
-    assert place._pinned
-    assert place._host.is_pinned()
+    assert place._host.pinned
+    assert place._host.memory.is_pinned()
     assert all(value.untyped_storage().nbytes() == 0 for value in network.backbone.parameters())
     network.weights.wake()
     assert place._host is None
@@ -192,7 +192,7 @@ def test_weights_sleep_and_wake_where_the_driver_pins_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver's refusal is real: CUDA keeps the error, and the next kernel's launch would raise it."""
-    from xditd.models import weights
+    from xditd.models import pinning
     from xditd.models.families import load
 
     class Refusing:
@@ -213,10 +213,10 @@ def test_weights_sleep_and_wake_where_the_driver_pins_no_memory(
     network = load("flux", path, "transformer", torch.device("cuda:0"), torch.bfloat16)
     before = {name: value.clone() for name, value in network.backbone.state_dict().items()}
     cudart = Refusing()
-    monkeypatch.setattr(weights, "_cudart", lambda: cudart)
+    monkeypatch.setattr(pinning, "cudart", lambda: cudart)
     for pinned in (False, True):  # once more: it is pinned again where the driver does that
         network.weights.sleep()
-        assert network.weights._place._pinned == pinned
+        assert network.weights._place._host.pinned == pinned
         assert torch.ones(3, device="cuda:0").add_(1).tolist() == [2.0, 2.0, 2.0]
         network.weights.wake()
         assert all(torch.equal(value, before[name]) for name, value in network.backbone.state_dict().items())
@@ -269,3 +269,56 @@ def test_a_lora_is_merged_in_place_on_a_gpu_and_undone_to_the_last_bit(tmp_path:
     on_gpu.loras.hold(())
     assert all(torch.equal(value, before[name]) for name, value in on_gpu.backbone.state_dict().items())
     assert {name: value.data_ptr() for name, value in on_gpu.backbone.state_dict().items()} == addresses
+
+
+@pytest.mark.parametrize("mode", ["model", "layerwise"])
+def test_offloaded_weights_come_to_the_gpu_and_not_one_bit_differs(
+    tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of three calls, as of three steps; then with a LoRA, and without it again."""
+    from xditd.models.families import load
+    from xditd.models.making_loras import make_lora
+    from xditd.protocol.orders import Merge
+
+    shape = {**SHAPE, "heads": 16, "double_blocks": 4, "single_blocks": 8}
+    device = torch.device("cuda:0")
+    path = make_flux(tmp_path / "flux.safetensors", **shape)
+    lora = make_lora(tmp_path / "l.safetensors", "flux", flux_facts(**shape))
+    given = {name: value.to(device) for name, value in conditioning(77).items()}
+    x = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def steps(network: object) -> list[torch.Tensor]:
+        found = []
+        with torch.no_grad():
+            for t in (1.0, 0.7, 0.3):
+                moved = network.condition(given, {"guidance": 3.5})
+                found.append(network.predict(x, torch.tensor([t], device=device), moved).cpu())
+        return found
+
+    merges = ((), (Merge(path=str(lora), strength=0.8),), ())
+    whole = load("flux", path, "transformer", device, torch.bfloat16)
+    expected = []
+    for merged in merges:
+        whole.loras.hold(merged)
+        expected.append(steps(whole))
+    del whole
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    network = load("flux", path, "transformer", device, torch.bfloat16, offload=mode)
+    offload = network.weights.offload
+    assert all(part.pinned.pinned for part in offload._parts)
+    resting = torch.cuda.memory_allocated() - before
+    torch.cuda.reset_peak_memory_stats()
+    for merged, results in zip(merges, expected, strict=True):
+        network.loras.hold(merged)
+        with offload.turn():
+            assert all(map(torch.equal, steps(network), results))
+    peak = torch.cuda.max_memory_allocated() - before
+    weights = path.stat().st_size
+    with capsys.disabled():
+        print(
+            f"\n  {mode}: {weights >> 20} MiB of weights, {resting >> 20} between turns, {peak >> 20} at most"
+        )
+    assert resting < 0.15 * weights
+    if mode == "layerwise":
+        assert peak < 0.6 * weights

@@ -37,13 +37,26 @@ DEGREE_HELP = {
 
 
 def plan_options(command: F) -> F:
-    """--strategy, the degrees, --devices, --fallback: the command gets a PlanRequest of them as `asked`. What is left out
+    """--strategy, the degrees, --devices, --offload, --fallback: the command gets a PlanRequest of them as `asked`. What is left out
     is the planner's choice."""
 
     @functools.wraps(command)
-    def with_plan(*arguments: Any, devices: str, cfg_degree: int, fallback: str | None, **others: Any) -> Any:
+    def with_plan(
+        *arguments: Any,
+        devices: str,
+        cfg_degree: int,
+        fallback: str | None,
+        offload: str | None,
+        **others: Any,
+    ) -> Any:
         chosen = {name: others.pop(name) for name in ("strategy", *DEGREE_HELP)}
-        plan = PlanRequest(cfg=cfg_degree, devices=names(devices), fallback=fallback or "", **chosen)
+        plan = PlanRequest(
+            cfg=cfg_degree,
+            devices=names(devices),
+            fallback=fallback or "",
+            offload=offload or "",
+            **chosen,
+        )
         return command(*arguments, asked=plan, **others)
 
     decorated: Any = with_plan
@@ -52,6 +65,11 @@ def plan_options(command: F) -> F:
             "--fallback",
             type=click.Choice(("auto", "never")),
             help="Of a plan that cannot be had: with fewer devices, or not at all; default: as the daemon is configured.",
+        ),
+        click.option(
+            "--offload",
+            type=click.Choice(("model", "layerwise")),
+            help="Weights wait in the host's memory, and come to the device for a turn (model) or layer by layer (layerwise).",
         ),
         click.option(
             "--devices",

@@ -72,8 +72,8 @@ def joined(names: Sequence[str]) -> str:
 
 
 def degrees(plan: Plan) -> str:
-    """The degrees above 1: "ulysses 2 × ring 2"; "1 device" where there are none."""
-    return spelled(plan) or "1 device"
+    """The degrees above 1: "ulysses 2 × ring 2"; "1 device" where there are none. With how it offloads."""
+    return (spelled(plan) or "1 device") + (f", {plan.offload} offload" if plan.offload else "")
 
 
 def spelled(plan: Plan | PlanRequest) -> str:

@@ -7,16 +7,17 @@ Bytes of a rank are those that `residency` counts: its weights, and the margin f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from msgspec import structs
 
-from xditd.catalog.families import family
 from xditd.daemon import planner
 from xditd.daemon.residency import weights
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.explaining import Candidate
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
+from xditd.protocol.plans import OFFLOADS
 
 PATCH = 2
 """Latent pixels of a token's side, in every family that is split."""
@@ -29,8 +30,10 @@ NOT_BY_ITSELF = {
     "tensor": "only by its name: for models that do not fit, since every layer waits for its sums",
     "ring": "exact; not chosen, since ulysses sends less where the heads divide",
     "ulysses": "exact; not chosen, since it is not what was asked for",
+    "model": "exact; only by its name, or where memory lacks: every turn waits until all weights have come",
+    "layerwise": "exact; only by its name, or where memory lacks: every call waits for all layers to come",
 }
-"""Why a plan that would work is not taken, by the first of its degrees that is above 1."""
+"""Why a plan that would work is not taken, by its offload or the first of its degrees that is above 1."""
 
 
 def explain(
@@ -82,12 +85,13 @@ def explain(
         add(chosen, "chosen", chosen.reason)
     elif chosen is not None and refusal is not None:
         add(chosen, "rejected", refusal.message, Code.OUT_OF_MEMORY.value)
-    for shape in shapes(len(devices)):
-        plan = structs.replace(Plan(devices=devices[: math.prod(shape.values())]), **shape)
-        if chosen is not None and _degrees(plan) == _degrees(chosen):
+    offloads: list[dict[str, Any]] = [{"offload": offload} for offload in OFFLOADS if offload]
+    for shape in shapes(len(devices)) + offloads:
+        plan = structs.replace(Plan(devices=devices[: _count(shape)]), **shape)
+        if chosen is not None and _shape(plan) == _shape(chosen):
             continue
         try:
-            family(info.family).check_plan(info, plan)
+            planner.check(plan, info)
         except XditError as error:
             add(plan, "rejected", error.message, str(error.code))
             continue
@@ -96,7 +100,7 @@ def explain(
         elif 0 < _all_tokens(info, size) < plan.ulysses * plan.ring:
             add(plan, "rejected", "no use: there are more ranks than tokens")
         else:
-            first = next((name for name in NOT_BY_ITSELF if getattr(plan, name) > 1), "")
+            first = plan.offload or next((name for name in NOT_BY_ITSELF if _above(plan, name)), "")
             idle = len(devices) - len(plan.devices)
             add(
                 plan,
@@ -106,9 +110,9 @@ def explain(
     return tuple(found), refusal
 
 
-def shapes(count: int) -> list[dict[str, int]]:
+def shapes(count: int) -> list[dict[str, Any]]:
     """Degrees over so many devices: each alone, each pair of them, and one device."""
-    found: list[dict[str, int]] = [{name: count} for name in DEGREES] if count > 1 else []
+    found: list[dict[str, Any]] = [{name: count} for name in DEGREES] if count > 1 else []
     if "cfg" in (found[0] if found else {}) and count != planner.GUIDED:
         del found[0]  # a step has two calls at most
     for number, first in enumerate(DEGREES):
@@ -119,8 +123,17 @@ def shapes(count: int) -> list[dict[str, int]]:
     return [*found, {}]
 
 
-def _degrees(plan: Plan) -> tuple[int, ...]:
-    return tuple(getattr(plan, name) for name in DEGREES)
+def _shape(plan: Plan) -> tuple[Any, ...]:
+    return plan.offload, *(getattr(plan, name) for name in DEGREES)
+
+
+def _count(shape: Mapping[str, Any]) -> int:
+    """How many devices it takes."""
+    return math.prod(degree for name, degree in shape.items() if name in DEGREES)
+
+
+def _above(plan: Plan, name: str) -> bool:
+    return name in DEGREES and getattr(plan, name) > 1
 
 
 def _all_tokens(info: ModelInfo, size: tuple[int, int]) -> int:

@@ -76,6 +76,9 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ring: Annotated[int, Meta(ge=0, le=1024)] = 0
     pipefusion: Annotated[int, Meta(ge=0, le=1024)] = 0
     tensor: Annotated[int, Meta(ge=0, le=1024)] = 0
+    offload: Literal["", "model", "layerwise"] = (
+        ""  # where the weights are outside of turns; "" on the devices
+    )
     replicas: Annotated[int, Meta(ge=0, le=1024)] = 0  # groups that share the devices; 0 is one
 
     @property
@@ -93,6 +96,7 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             ring=self.ring,
             pipefusion=self.pipefusion,
             tensor=self.tensor,
+            offload=self.offload,
             replicas=self.replicas,
         )
 

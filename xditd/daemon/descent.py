@@ -7,7 +7,7 @@ from dataclasses import replace
 from xditd.daemon.fleet import Fleet
 from xditd.daemon.roster import Roster
 from xditd.daemon.runs import Run
-from xditd.daemon.work import spell
+from xditd.daemon.work import batch_of, spell
 from xditd.protocol.errors import Code, XditError
 
 
@@ -38,9 +38,10 @@ class Descent:
             when: it failed, at its "start" or in a "turn"; with the code and the message, on the device `culprit`.
         """
         code = spell(code)
-        while (lower := run.ladder.down(when, code, message, culprit)) is not None:
+        batch = 1 if run.asked is None else batch_of(run.asked.work)
+        while (lower := run.ladder.down(when, code, message, culprit, batch)) is not None:
             plan, run.ladder = lower
-            keys = (replace(run.key, plan=plan),)
+            keys = run.keys if plan == run.key.plan else (replace(run.key, plan=plan),)
             new = run.id not in self.roster
             if new:
                 run.keys = keys
@@ -60,8 +61,8 @@ class Descent:
 
         A plan that failed lately is not tried again where there is another below.
         """
-        known = self.fleet.lately.problem(run.keys, now) if run.ladder.rungs else None
-        if known is not None:
+        known = self.fleet.lately.problem(run.keys, now)
+        if known is not None and run.ladder.leads_down("start", known[0]):
             return known
         try:
             self.fleet.want(run.keys, run.ref, run.found, now, run.ladder.degraded)

@@ -30,7 +30,7 @@ from xditd.daemon.roster import Roster
 from xditd.daemon.runs import MAX_REBINDS, Key, Run, Work
 from xditd.daemon.tidings import Tidings
 from xditd.daemon.turns import Turns
-from xditd.daemon.work import failed, spell
+from xditd.daemon.work import batch_of, failed, spell
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code, XditError
@@ -241,7 +241,9 @@ class Dispatcher:
             self.fleet.fail(group, code, problem, now, group.culprit, strike=not own)
         else:
             run = self.jobs.turn_over(group, report.order, now)
-            if run is not None and run.asked is not None and not self._left(run, now):
+            if run is None or run.asked is None or self._left(run, now):
+                pass
+            elif not self._lower(run, group, report.code, report.message, now):
                 self.jobs.refuse(run, run.asked, report.code, report.message, now)
         self._after_turn(now)
 
@@ -390,10 +392,12 @@ class Dispatcher:
     def _lower(self, run: Run, group: Group, code: Code | str, problem: str, now: float) -> bool:
         """A turn of the run, on this group, failed for good: whether it goes on with less."""
         assert run.asked is not None
-        if not run.ladder.leads_down("turn", spell(code)):
+        if not run.ladder.leads_down("turn", spell(code), batch_of(run.asked.work)):
             return False
         run.asked.rebinds = 0
         self.runs.take_back(run)
+        if group.state == "ready":  # it serves on, without this run
+            self.ranks.order(group, o.ForgetRun(run=run.id))
         lacking = self.descent.below(run, "turn", code, problem, now, group.culprit)
         if lacking is not None:
             self._end(run, lacking.code, lacking.message, now)

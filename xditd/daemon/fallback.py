@@ -1,7 +1,8 @@
 """What becomes of a plan that cannot be had: which failures lead to less, and to what. Pure.
 
 A ladder has the plan that was asked for at its top, below it the same strategy with half the devices, with half of
-those, and one device at its foot. The result of every rung is a true one. Who stands on a lower rung than they asked
+those, and one device. What is below that is for want of memory alone: a batch that is computed one item after another (before
+the last of several devices is given up), and one device with offload. The result of every rung is a true one. Who stands on a lower rung than they asked
 for is *degraded*, and is told so and why. (Decision 9 of the design: never a faked result.)
 """
 
@@ -40,6 +41,9 @@ class Ladder:
         rungs: plans below, nearest first; none where there is nothing less, or a fallback is not wanted.
         devices: that may be used, the asked ones in their order.
         blamed: devices on which something failed: others are taken where there are enough.
+        at: the plan on which they stand.
+        splits: whether a batch may be computed one item after another.
+        singly: it is.
         problems: why each rung above was left, from the top down.
     """
 
@@ -48,49 +52,75 @@ class Ladder:
     devices: tuple[str, ...] = ()
     blamed: frozenset[str] = frozenset()
     problems: tuple[str, ...] = ()
+    at: Plan | None = None
+    splits: bool = False
+    singly: bool = False
 
     @staticmethod
-    def of(plans: Sequence[Plan], rungs: tuple[Plan, ...]) -> Ladder:
+    def of(plans: Sequence[Plan], rungs: tuple[Plan, ...], splits: bool = False) -> Ladder:
         """The ladder of replicas under these plans; on a lower rung one group stands in for all of them."""
         devices = dict.fromkeys(device for plan in plans for device in plan.devices)
-        return Ladder(asked=plans[0], rungs=rungs, devices=tuple(devices))
+        return Ladder(asked=plans[0], at=plans[0], rungs=rungs, devices=tuple(devices), splits=splits)
 
-    def down(self, when: str, code: str, problem: str, blamed: str = "") -> tuple[Plan, Ladder] | None:
+    def down(
+        self, when: str, code: str, problem: str, blamed: str = "", batch: int = 1
+    ) -> tuple[Plan, Ladder] | None:
         """The next plan, and the ladder from there; None where the failure does not lead down, or nothing is below.
 
         Args:
             when: "start" or "turn".
             problem: a sentence.
             blamed: the device on which it failed, where that is known.
+            batch: items that were computed at once.
         """
-        if not self.leads_down(when, code):
+        if not self.leads_down(when, code, batch):
             return None
         avoided = self.blamed | {blamed}
-        rung = self.rungs[0]
+        below = replace(self, blamed=avoided, problems=(*self.problems, problem.rstrip(".")))
+        if self.at is not None and self._split(when, code, batch):
+            return self.at, replace(below, singly=True)
+        rung = self._next(code)
+        assert rung is not None
         choice = sorted(self.devices, key=avoided.__contains__)[: len(rung.devices)]
         devices = tuple(device for device in self.devices if device in choice)
-        below = replace(
-            self, rungs=self.rungs[1:], blamed=avoided, problems=(*self.problems, problem.rstrip("."))
-        )
-        return structs.replace(rung, devices=devices), below
+        plan = structs.replace(rung, devices=devices)
+        return plan, replace(below, at=plan, rungs=self.rungs[self.rungs.index(rung) + 1 :])
 
-    def leads_down(self, when: str, code: str) -> bool:
+    def leads_down(self, when: str, code: str, batch: int = 1) -> bool:
         """Whether there is something less, and this failure leads there."""
-        return (when, code) in LEADS_DOWN and bool(self.rungs)
+        less = self._next(code) is not None or self._split(when, code, batch)
+        return (when, code) in LEADS_DOWN and less
+
+    def _next(self, code: str) -> Plan | None:
+        """The nearest plan below that may help: to have weights elsewhere helps for want of memory alone."""
+        offloaded = "" if self.at is None else self.at.offload
+        memory = code == Code.OUT_OF_MEMORY.value
+        return next((rung for rung in self.rungs if memory or rung.offload == offloaded), None)
+
+    def _split(self, when: str, code: str, batch: int) -> bool:
+        """Whether the batch is what is given up now: before the last of several devices, and before weights have to move."""
+        if not self.splits or self.singly or batch < 2 or (when, code) != ("turn", Code.OUT_OF_MEMORY.value):
+            return False
+        if self.at is None or self.at.pipefusion > 1:  # its patches are not of one item
+            return False
+        rung = self._next(code)
+        return rung is None or len(rung.devices) == 1
 
     @property
     def degraded(self) -> str:
         """Why this is not what was asked for; "" at the top."""
         if not self.problems or self.asked is None:
             return ""
-        return f"{spell(self.asked)} could not be had: {'; then: '.join(self.problems)}"
+        now = "; batches are computed one item after another" if self.singly else ""
+        return f"{spell(self.asked)} could not be had: {'; then: '.join(self.problems)}{now}"
 
 
 def spell(plan: Plan) -> str:
     """ "ulysses 2 × ring 2 on cuda:0, cuda:1, cuda:2, cuda:3" """
     names = ("cfg", "tensor", "pipefusion", "ulysses", "ring")
     named = [f"{name} {getattr(plan, name)}" for name in names if getattr(plan, name) > 1]
-    return f"{' × '.join(named) or 'The plan'} on {', '.join(plan.devices)}"
+    offload = f" with {plan.offload} offload" if plan.offload else ""
+    return f"{' × '.join(named) or 'The plan'} on {', '.join(plan.devices)}{offload}"
 
 
 class Lately:

@@ -206,6 +206,7 @@ class Fleet:
         rank.device_memory = report.device_memory
         rank.attention = report.attention
         rank.weights = report.weights
+        rank.host_weights = report.host_weights
         if group.state == "starting" and group.all_ready:
             group.ready_after = now - group.started
             self._ready(group, now)

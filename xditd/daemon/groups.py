@@ -31,6 +31,7 @@ class Rank:
     device_memory: int | None = None
     attention: str = ""
     weights: int | None = None
+    host_weights: int = 0
     loaded: int = 0  # bytes of weights in place, while it loads
     total: int = 0
 
@@ -148,6 +149,7 @@ class Group:
                     device_memory=r.device_memory,
                     attention=r.attention,
                     weights=r.weights,
+                    host_weights=r.host_weights,
                 )
                 for r in self.ranks
             ),

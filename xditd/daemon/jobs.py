@@ -104,7 +104,9 @@ class Jobs:
         number = self.turns.begin(run.id, group, now)
         frames = () if asked.begun else asked.frames
         if isinstance(asked.work, m.Sample) and not asked.begun:
-            self.ranks.order(group, begin(run.id, asked.work), peer=run.peer, frames=frames)
+            self.ranks.order(
+                group, begin(run.id, asked.work, run.ladder.singly), peer=run.peer, frames=frames
+            )
             frames = ()
         asked.begun = True
-        self.ranks.order(group, turn(number, run.id, asked), peer=run.peer, frames=frames)
+        self.ranks.order(group, turn(number, run.id, asked, run.ladder.singly), peer=run.peer, frames=frames)

@@ -17,6 +17,7 @@ from xditd.catalog.families import family
 from xditd.daemon.scheduling import POLICIES
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
+from xditd.protocol.plans import OFFLOADS
 
 STRATEGIES = ("auto", "usp", "hybrid", "cfg", "tensor", "pipefusion")
 """In lower case. auto, usp and hybrid mean sequence parallelism for what no degree speaks for."""
@@ -66,7 +67,8 @@ SHRINKING = ("ring", "ulysses", "pipefusion", "tensor", "cfg")
 
 
 def rungs(plan: Plan, info: ModelInfo) -> tuple[Plan, ...]:
-    """The plans below one, nearest first: its degrees halved one after the other, down to one device.
+    """The plans below one, nearest first: its degrees halved one after the other, down to one device; then one device
+    with less and less of the weights on it.
 
     Those that the model's family would refuse are left out.
     """
@@ -77,14 +79,37 @@ def rungs(plan: Plan, info: ModelInfo) -> tuple[Plan, ...]:
             shares[name] = shares[name] // 2 if shares[name] % 2 == 0 else 1
             count = math.prod(shares.values())
             kept = {name: degree for name, degree in shares.items() if degree > 1}
-            reason = _reason(kept, info, count)
-            rung = Plan(devices=plan.devices[:count], **shares, reason=reason)
-            try:
-                family(info.family).check_plan(info, rung)
-            except XditError:
-                continue
-            found.append(rung)
-    return tuple(found)
+            reason = _reason(kept, info, count, plan.offload)
+            found.append(Plan(devices=plan.devices[:count], offload=plan.offload, reason=reason, **shares))
+    for offload in OFFLOADS[OFFLOADS.index(plan.offload) + 1 :]:
+        found.append(Plan(devices=plan.devices[:1], offload=offload, reason=_reason({}, info, 1, offload)))
+    return tuple(rung for rung in found if not _refused(rung, info))
+
+
+def _refused(plan: Plan, info: ModelInfo) -> bool:
+    try:
+        check(plan, info)
+    except XditError:
+        return True
+    return False
+
+
+def check(plan: Plan, info: ModelInfo) -> None:
+    """Refuses a plan that this model cannot run under.
+
+    Raises:
+        XditError: `bad_plan`, `not_built`.
+    """
+    found = family(info.family)
+    found.check_plan(info, plan)
+    if plan.offload and not found.part:
+        raise XditError(Code.BAD_PLAN, f"{info.name} has no weights to offload; leave offload out.")
+    if plan.offload == "layerwise" and not found.layers:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"layerwise offload is of no use for {found.label}, whose activations take more than its weights; offload model "
+            "would work.",
+        )
 
 
 def fallback(request: PlanRequest, configured: str) -> bool:
@@ -121,6 +146,10 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
             Code.BAD_PLAN,
             f"There is no strategy {request.strategy!r}; choose auto, USP, Hybrid, CFG, PipeFusion or Tensor.",
         )
+    if request.offload not in OFFLOADS:
+        raise XditError(
+            Code.BAD_PLAN, f"There is no offload {request.offload!r}; choose model or layerwise, or none."
+        )
     given = _degrees(request)
     product = math.prod(given.values())
     single = not family(info.family).parallel
@@ -143,8 +172,9 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
                 f"{_spell(given)} makes {product}, but {len(devices)} devices are given; leave a degree open or "
                 f"name {product} device{'s' if product > 1 else ''}.",
             )
-    chosen = Plan(devices=devices, **degrees, reason=_reason(degrees, info, len(devices)))
-    family(info.family).check_plan(info, chosen)
+    reason = _reason(degrees, info, len(devices), request.offload)
+    chosen = Plan(devices=devices, offload=request.offload, reason=reason, **degrees)
+    check(chosen, info)
     return chosen
 
 
@@ -212,8 +242,19 @@ def _spell(degrees: dict[str, int]) -> str:
     return " × ".join(f"{name} {degree}" for name, degree in degrees.items()) or "The plan"
 
 
-def _reason(degrees: dict[str, int], info: ModelInfo, devices: int) -> str:
+OFFLOADED = {
+    "": "",
+    "model": "; its weights wait in the host's memory and come for a turn",
+    "layerwise": "; its weights wait in the host's memory and come layer by layer",
+}
+
+
+def _reason(degrees: dict[str, int], info: ModelInfo, devices: int, offload: str = "") -> str:
     """One sentence, which follows from the plan alone: the same plan in other words is the same plan."""
+    return _shared(degrees, info, devices) + OFFLOADED[offload]
+
+
+def _shared(degrees: dict[str, int], info: ModelInfo, devices: int) -> str:
     if devices == 1:
         return "one device"
     if degrees.get("pipefusion", 1) > 1:

@@ -195,9 +195,10 @@ class Requests:
         plans = planner.replicas(request, found.info, list(self.devices))
         is_cuda = self.devices[plans[0].devices[0]].is_cuda
         dtype = dtypes.choose(found.info, asked=ref.dtype, configured=self.dtype, is_cuda=is_cuda)
-        less = planner.rungs(plans[0], found.info) if planner.fallback(request, self.fallback) else ()
+        falls = planner.fallback(request, self.fallback)
+        less = planner.rungs(plans[0], found.info) if falls else ()
         keys = tuple(Key(found.path, found.info.part, dtype, plan) for plan in plans)
-        return found, keys, Ladder.of(plans, less)
+        return found, keys, Ladder.of(plans, less, splits=falls)
 
     async def _find_loras(self, refs: Sequence[LoraRef], found: Found) -> list[FoundLora]:
         """The LoRAs' files, each found to fit the model.

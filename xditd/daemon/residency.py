@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from xditd.catalog.catalog import Found
+from xditd.catalog.families.layers import layers
 from xditd.daemon import states
 from xditd.daemon.groups import Group
 from xditd.daemon.ports import HOST, Memory, MemoryPort
@@ -86,12 +87,19 @@ class Residency:
         self.patience = patience
 
     def needs(self, found: Found, key: Key) -> dict[str, int]:
-        """Bytes that a group takes, by the pool of memory: of each rank its weights, and a margin for activations."""
+        """Bytes that a group takes in a turn, by the pool of memory: of each rank its weights, and a margin for activations."""
         needs: dict[str, int] = {}
         for device in key.plan.devices:
             needs.setdefault(pool(device), 0)
             needs[pool(device)] += weights(found.info, key.dtype, key.plan) + self.margin
         return needs
+
+    def passing(self, group: Group, where: str) -> int:
+        """Bytes of a pool that a group takes in its turns alone. No two groups have a turn on one device at once."""
+        if group.key.plan.offload != "model":
+            return 0
+        ranks = sum(pool(device) == where for device in group.devices)
+        return ranks * weights(group.found.info, group.key.dtype, group.key.plan)
 
     def resident(self, groups: Iterable[Group], device: str) -> int:
         """Bytes that the groups are counted with on a device's memory."""
@@ -120,14 +128,19 @@ class Residency:
             memory = self.memory.memory(where)
             if memory is None:
                 continue
-            there = [one for one in groups if _holds(one) and self._of(one, where)]
-            lacking: float = needed - self._room(memory, there, where)
+            there = [one for one in groups if _holds(one) and where in self.needs(one.found, one.key)]
+            own = self.passing(group, where)
+            lacking: float = (
+                needed - own + self._passing(there, where, own) - self._room(memory, there, where)
+            )
             if lacking <= 0:
                 continue
             leaving = [one for one in there if one.state in ("leaving", "failed", "dozing")]
             coming = coming or bool(leaving)
             lacking -= sum(self._back(one, where) for one in (*leaving, *evict))
-            lacking = self._take(lacking, [g for g in there if not in_use(g)], where, evict, now)
+            idle = [g for g in there if not in_use(g)]
+            lacking = self._take(lacking, idle, where, evict, now)
+            lacking = self._take_passing(lacking, idle, there, where, own, evict)
             busy = [g for g in there if in_use(g) and g.state in IDLING]
             if lacking > 0 and not busy and not evict and not leaving and now - since > SETTLE:
                 return Verdict(
@@ -135,8 +148,11 @@ class Residency:
                     f"free; another program holds the rest",
                     where=where,
                 )
-            self._take(lacking, busy, where, hold, now)
+            lacking = self._take(lacking, busy, where, hold, now)
+            lacking = self._take_passing(lacking, busy, there, where, own, hold)
             coming = coming or lacking > 0
+        if crowded := self._crowded(group):
+            return Verdict(never=crowded)
         held = tuple(hold) if now - since > self.patience else ()
         fits = not evict and not hold and not coming
         sleep: list[Group] = []
@@ -179,7 +195,9 @@ class Residency:
 
     def host_bytes(self, group: Group) -> int:
         """Bytes of the host's memory that a group takes when it sleeps: a CPU's ranks go back to the file's pages."""
-        of_one = weights(group.found.info, group.key.dtype, group.key.plan)
+        if group.key.plan.offload:  # what waits there does so anyway
+            return 0
+        of_one = share(group.found.info, group.key.dtype, group.key.plan)
         return sum(of_one for device in group.devices if pool(device) != "cpu")
 
     def to_free(
@@ -211,7 +229,42 @@ class Residency:
     # -------------------------------------------------------------------------------------------- inside
 
     def _of(self, group: Group, where: str) -> int:
-        return self.needs(group.found, group.key).get(where, 0)
+        """Bytes that it is counted with, whether it has a turn or not."""
+        return self.needs(group.found, group.key).get(where, 0) - self.passing(group, where)
+
+    def _passing(self, groups: Iterable[Group], where: str, own: int) -> int:
+        """The most that one of these takes in a turn alone, or one that takes `own`."""
+        return max((own, *(self.passing(one, where) for one in groups)))
+
+    def _take_passing(
+        self,
+        lacking: float,
+        groups: Sequence[Group],
+        there: Sequence[Group],
+        where: str,
+        own: int,
+        into: list[Group],
+    ) -> float:
+        """Adds groups that take more in a turn than others, until nothing is lacking. Returns what still is."""
+        for group in sorted(groups, key=lambda one: -self.passing(one, where)):
+            if lacking <= 0 or self.passing(group, where) <= own:
+                break
+            if group.state in IDLING and group not in into:
+                before = self._passing((one for one in there if one not in into), where, own)
+                into.append(group)
+                lacking -= before - self._passing((one for one in there if one not in into), where, own)
+        return lacking
+
+    def _crowded(self, group: Group) -> str:
+        """Why the host's memory has no room for the weights of a group that starts and offloads them; "" where it has."""
+        host = self.memory.memory(HOST)
+        if host is None or group.state != "waiting" or not group.key.plan.offload:
+            return ""
+        of_one = share(group.found.info, group.key.dtype, group.key.plan)
+        taken = sum(of_one for device in group.devices if pool(device) != "cpu")
+        if host.free - taken >= LEFT_TO_OTHERS * host.total or not taken:
+            return ""
+        return f"{group.found.info.name} needs {_gib(taken)} of the host's memory to be offloaded to, which are not free"
 
     def _back(self, group: Group, where: str) -> int:
         """Bytes that come back when it is gone: what its ranks say, where that is more."""
@@ -222,7 +275,8 @@ class Residency:
         """By estimate and by what the device says; a group that starts or wakes has not taken all that it will."""
         counted = memory.total - sum(self._of(one, where) for one in there)
         starting = sum(self._of(one, where) for one in there if one.state in ("starting", "waking"))
-        return min(counted, memory.free - starting)
+        passing = sum(self.passing(one, where) for one in there if one.turn is not None)
+        return min(counted, memory.free - starting + passing)
 
     def _take(
         self, lacking: float, groups: Sequence[Group], where: str, into: list[Group], now: float
@@ -248,8 +302,22 @@ def worthless(group: Group, now: float) -> float:
     return (now - group.used) / max(group.ready_after or 0.0, 0.1)
 
 
+LAYERS_AT_ONCE = 2
+"""Layers that layerwise offload has on a device at one time (`models.offload.BUFFERS`)."""
+
+
 def weights(info: ModelInfo, dtype: str, plan: Plan) -> int:
-    """Bytes of the weights of one rank: all, but for what tensor parallelism and PipeFusion split."""
+    """Bytes of the weights of one rank that are on its device in a turn: its share, or of layerwise offload two layers
+    of it, and what is in no layer."""
+    if plan.offload != "layerwise":
+        return share(info, dtype, plan)
+    found = layers(info)
+    coming = LAYERS_AT_ONCE * found.largest // plan.tensor
+    return min((found.rest + coming) * ITEMSIZE[dtype], share(info, dtype, plan))
+
+
+def share(info: ModelInfo, dtype: str, plan: Plan) -> int:
+    """Bytes of the weights of one rank, wherever they are: all, but for what tensor parallelism and PipeFusion split."""
     return info.parameters * ITEMSIZE[dtype] // (plan.tensor * plan.pipefusion)
 
 

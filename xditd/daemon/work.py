@@ -17,8 +17,12 @@ Answer = m.Denoised | m.Sampled | m.Decoded | m.Encoded | m.TextEncoded
 Turn = o.TurnDenoise | o.TurnSample | o.TurnDecode | o.TurnEncode | o.TurnEncodeText
 
 
-def begin(run: int, work: m.Sample) -> o.BeginSample:
-    """The order before a sample's first turn."""
+def begin(run: int, work: m.Sample, singly: bool = False) -> o.BeginSample:
+    """The order before a sample's first turn.
+
+    Args:
+        singly: its batch is computed one item after another.
+    """
     return o.BeginSample(
         run=run,
         sampler=work.sampler,
@@ -33,20 +37,23 @@ def begin(run: int, work: m.Sample) -> o.BeginSample:
         preview_frames=work.preview_frames,
         warmup=work.warmup,
         patches=work.patches,
+        singly=singly,
     )
 
 
-def turn(order: int, run: int, asked: Asked) -> Turn:
-    """The order of a request's next turn."""
+def turn(order: int, run: int, asked: Asked, singly: bool = False) -> Turn:
+    """The order of a request's next turn; `singly` as of `begin`."""
     work = asked.work
     if isinstance(work, m.Denoise):
-        return o.TurnDenoise(order=order, run=run, items=work.items)
+        return o.TurnDenoise(order=order, run=run, items=work.items, singly=singly)
     if isinstance(work, m.Sample):
         return o.TurnSample(order=order, run=run, step=asked.step)
     if isinstance(work, m.Decode):
-        return o.TurnDecode(order=order, run=run, latent=work.latent, clamp=work.clamp, out=work.out)
+        return o.TurnDecode(
+            order=order, run=run, latent=work.latent, clamp=work.clamp, out=work.out, singly=singly
+        )
     if isinstance(work, m.Encode):
-        return o.TurnEncode(order=order, run=run, image=work.image, out=work.out)
+        return o.TurnEncode(order=order, run=run, image=work.image, out=work.out, singly=singly)
     return o.TurnEncodeText(
         order=order,
         run=run,
@@ -78,6 +85,17 @@ def effort(work: Work) -> float:
     else:
         elements = 0  # a text
     return 1.0 + elements / PICTURE
+
+
+def batch_of(work: Work) -> int:
+    """Items that one call of the network has at once, of those that could be computed one after another."""
+    if isinstance(work, m.Denoise):
+        return max(item.x.shape[0] for item in work.items)
+    if isinstance(work, m.Sample):
+        return work.noise.shape[0]
+    if isinstance(work, m.Decode):
+        return work.latent.shape[0]
+    return work.image.shape[0] if isinstance(work, m.Encode) else 1
 
 
 def alone(tensor: Tensor, frames: Sequence[Any]) -> tuple[Tensor, Sequence[Any]]:

@@ -16,6 +16,7 @@ from xditd.catalog.families import TRANSFORMERS, family
 from xditd.catalog.layouts import named
 from xditd.catalog.layouts.piece import Piece
 from xditd.models.lora import Loras
+from xditd.models.offload import Offload
 from xditd.models.reading import Progress, WeightFile, fill
 from xditd.models.splits import Divide
 from xditd.models.stages import Stages
@@ -33,6 +34,8 @@ class Row:
     folder: str  # below xditd.models; imported when it is needed: diffusers and transformers take seconds
     network: str  # the class in its network.py, a `Network`
     staged: bool = False  # whether its stages.py has a `Staged` that takes the network apart into stages
+    # names of the lists of layers that can come and go one by one (`models.offload`), in which * stands for anything
+    layers: tuple[str, ...] = ()
 
     @property
     def kind(self) -> type[Network]:
@@ -42,15 +45,15 @@ class Row:
 
 
 FAMILIES = {
-    "flux": Row("transformer", "flux", "Flux", staged=True),
-    "sd3": Row("transformer", "sd3", "SD3", staged=True),
-    "pixart": Row("transformer", "pixart", "PixArt", staged=True),
-    "hunyuandit": Row("transformer", "hunyuandit", "HunyuanDiT"),
-    "sdxl": Row("transformer", "sdxl", "SDXL"),
+    "flux": Row("transformer", "flux", "Flux", True, ("transformer_blocks", "single_transformer_blocks")),
+    "sd3": Row("transformer", "sd3", "SD3", True, ("transformer_blocks",)),
+    "pixart": Row("transformer", "pixart", "PixArt", True, ("transformer_blocks",)),
+    "hunyuandit": Row("transformer", "hunyuandit", "HunyuanDiT", layers=("blocks",)),
+    "sdxl": Row("transformer", "sdxl", "SDXL", layers=("*.transformer_blocks",)),
     "autoencoder_kl": Row("vae", "vae", "Autoencoder"),
-    "clip": Row("text_encoder", "clip", "Clip"),
-    "t5": Row("text_encoder", "t5", "T5"),
-    "bert": Row("text_encoder", "bert", "Bert"),
+    "clip": Row("text_encoder", "clip", "Clip", layers=("*.encoder.layers",)),
+    "t5": Row("text_encoder", "t5", "T5", layers=("block",)),
+    "bert": Row("text_encoder", "bert", "Bert", layers=("encoder.layer",)),
 }
 
 
@@ -85,6 +88,7 @@ class Transformer(Protocol):
     device: torch.device
     dtype: torch.dtype
     loras: Loras  # what is merged into its weights
+    weights: Weights
 
     def condition(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, float]) -> Any:
         """A conditioning from what a client put."""
@@ -104,6 +108,7 @@ def load(
     dtype: torch.dtype,
     divide: Divide | None = None,
     progress: Progress | None = None,
+    offload: str = "",
 ) -> Any:
     """The network of a model file.
 
@@ -115,6 +120,7 @@ def load(
         dtype: of its arithmetic.
         divide: what leaves a rank its share of a transformer; None loads the whole.
         progress: told of bytes that are in place.
+        offload: "model" or "layerwise": its weights are on the device in turns alone (`weights.offload.turn`); "": always.
 
     Returns:
         A `Transformer`, a `vae.network.Autoencoder` or a `text.TextEncoder`, with its `weights`.
@@ -138,12 +144,15 @@ def load(
             with torch.device("meta"):
                 backbone = kind.empty(found.facts)
             cuts = None if divide is None else divide(backbone, kind.splits)
-            fill(backbone, kind.pieces(found.facts, prefix), file, device, dtype, cuts)
+            moving = None
+            if offload:
+                moving = Offload(backbone, row.layers if offload == "layerwise" else (), file, device, dtype)
+            fill(backbone, kind.pieces(found.facts, prefix), file, device, dtype, cuts, moving)
             loaded: Any = kind(backbone, found.facts, device, dtype)
             if row.part == "transformer":
                 loaded.noise = TRANSFORMERS[name].noise(found.facts)
                 loaded.loras = Loras(file, name, found.facts, device, dtype)
-            loaded.weights = Weights(file, device)
+            loaded.weights = Weights(file, device, moving)
             return loaded
     raise XditError(Code.FILE_INVALID, f"{file.header.name} holds no {name}; choose the model's own file.")
 

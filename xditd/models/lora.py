@@ -93,7 +93,9 @@ class Loras:
             value = value.to(self._dtype)
         else:
             value = self._file.value(placed.piece, self._dtype, upload, placed.cut)
-        if upload is not None:  # compiled code and other ranks' kernels know its address
+        if placed.home is not None:
+            placed.home.put(value, own=bool(changes))
+        elif upload is not None:  # compiled code and other ranks' kernels know its address
             placed.parameter.data.copy_(value)
         else:
             placed.parameter.data = value

@@ -11,9 +11,9 @@ import math
 import mmap
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -47,6 +47,27 @@ STAGING = 64 << 20
 """Bytes of one pinned buffer."""
 
 
+class Home(Protocol):
+    """Where a parameter waits while it is not on the device."""
+
+    def put(self, value: torch.Tensor, own: bool = True) -> None:
+        """Has it wait with another value; `own` is one that is not the file's."""
+
+
+class Keeper(Protocol):
+    """Who keeps what is not always on the device."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the parameters."""
+
+    def take(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Keeps a parameter's value of the file. Returns what stands for it in the network."""
+
+    def adopt(self, placed: Mapping[str, Placed]) -> dict[str, Placed]:
+        """Takes charge of the parameters that a file has filled. Returns them with where they wait."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
     """A parameter that a file has filled.
@@ -55,11 +76,13 @@ class Placed:
         parameter: on its device.
         piece: where it came from.
         cut: takes this rank's part of it; None: it has all.
+        home: where it waits while it is not on the device; None: it is always there.
     """
 
     parameter: torch.Tensor
     piece: Piece
     cut: Cut | None
+    home: Home | None = None
 
 
 class WeightFile:
@@ -190,6 +213,7 @@ def fill(
     device: torch.device,
     dtype: torch.dtype,
     cuts: Mapping[str, Cut] | None = None,
+    keeper: Keeper | None = None,
 ) -> None:
     """Gives every parameter and buffer of a network its value.
 
@@ -200,6 +224,7 @@ def fill(
         device: where they go.
         dtype: what they become.
         cuts: by the name of a parameter, what of it the network holds; of the rest it holds all. Only that is read.
+        keeper: has what of them comes and goes.
 
     Raises:
         XditError: `file_invalid` naming the first keys that are missing or of another shape than the network's.
@@ -213,7 +238,9 @@ def fill(
     told = _Telling(file.progress, sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize)
     state = {}
     for name in expected:
-        state[name] = value = file.value(pieces[name], dtype, place, cuts.get(name))
+        away = keeper is not None and name in keeper.names
+        value = file.value(pieces[name], dtype, None if away else place, cuts.get(name))
+        state[name] = keeper.take(name, value) if keeper is not None and away else value
         told.add(value.nbytes)
     network.load_state_dict(state, assign=True, strict=True)
     network.requires_grad_(False).eval()
@@ -225,11 +252,13 @@ def fill(
         for name in expected
         if name in parameters
     }
+    if keeper is not None:
+        file.placed = keeper.adopt(file.placed)
 
 
 def held(network: nn.Module) -> int:
-    """Bytes of a network's parameters and buffers, each counted once."""
-    values = network.state_dict().values()
+    """Bytes of a network's parameters and buffers, each counted once; of what is away nothing."""
+    values = [value for value in network.state_dict().values() if any(value.stride()) or value.numel() == 1]
     return sum({value.data_ptr(): value.numel() * value.itemsize for value in values}.values())
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from xditd.models.weights import Weights
 from xditd.protocol.errors import Code, XditError
 
 
@@ -14,6 +15,7 @@ class TextEncoder(Protocol):
     """What a text encoder family's `load` returns."""
 
     backbone: torch.nn.Module
+    weights: Weights
 
     def encode(
         self,

@@ -4,22 +4,22 @@ On a GPU they wait in the host's memory, pinned where the driver does that, as t
 a CPU there is nothing to move: pages of the file go back to the page cache, and copies that were made of it (another dtype,
 halves that change places) are dropped and made anew, so that LoRAs have to be taken out first.
 
-A parameter keeps its place in its module throughout: only the memory behind it goes and comes.
+A parameter keeps its place in its module throughout: only the memory behind it goes and comes. What `offload` has away between
+turns sleeps where it waits.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from torch import nn
 
-from xditd.models.reading import Placed, WeightFile
-
-ALIGNMENT = 256
-"""Bytes to which each piece begins in the host's memory."""
+from xditd.models.offload import Offload
+from xditd.models.pinning import ALIGNMENT, Pinned
+from xditd.models.reading import Placed, WeightFile, held
 
 
 class Place(Protocol):
@@ -35,11 +35,19 @@ class Weights:
 
     Attributes:
         asleep: they are given up; nothing may be computed until they are back.
+        offload: what of them comes and goes; None: nothing does.
     """
 
-    def __init__(self, file: WeightFile, device: torch.device) -> None:
+    def __init__(self, file: WeightFile, device: torch.device, offload: Offload | None = None) -> None:
         self.asleep = False
+        self.offload = offload
         self._place: Place = _OnGpu(file, device) if device.type == "cuda" else _OnCpu(file)
+
+    def counted(self, network: nn.Module) -> tuple[int, int]:
+        """Bytes of a network's parameters and buffers that are on the device in a turn, and that wait in the host's memory."""
+        if self.offload is None:
+            return held(network), 0
+        return held(network) + self.offload.coming, self.offload.waiting
 
     def sleep(self) -> None:
         """Gives their memory back. Nothing may be under way on the device."""
@@ -65,7 +73,7 @@ class _OnCpu:
 
     def sleep(self) -> None:
         for placed in self._file.placed.values():
-            if not self._file.has(placed.parameter):
+            if placed.home is None and not self._file.has(placed.parameter):
                 placed.parameter.untyped_storage().resize_(0)
                 self._dropped.append(placed)
         self._file.let_go()
@@ -83,8 +91,7 @@ class _OnGpu:
     def __init__(self, file: WeightFile, device: torch.device) -> None:
         self._file = file
         self._device = device
-        self._host: torch.Tensor | None = None
-        self._pinned = False
+        self._host: Pinned | None = None
         self._gone: list[tuple[torch.UntypedStorage, int, int]] = []  # with where in `_host`, and its bytes
 
     def sleep(self) -> None:
@@ -92,13 +99,9 @@ class _OnGpu:
         for storage in self._storages():
             self._gone.append((storage, end, storage.nbytes()))
             end += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
-        self._host = host = torch.empty(end, dtype=torch.uint8)
-        # Not torch's own pinned memory, which comes in powers of two and is kept for ever.
-        self._pinned = int(_cudart().cudaHostRegister(host.data_ptr(), end, 0)) == 0
-        if not self._pinned:
-            _take_error(self._device)
+        self._host = host = Pinned(end, self._device)
         for storage, begin, nbytes in self._gone:
-            host[begin : begin + nbytes].copy_(self._bytes_of(storage), non_blocking=self._pinned)
+            host.memory[begin : begin + nbytes].copy_(self._bytes_of(storage), non_blocking=host.pinned)
         torch.cuda.synchronize(self._device)
         for storage, _, _ in self._gone:
             storage.resize_(0)
@@ -109,32 +112,20 @@ class _OnGpu:
         assert host is not None
         for storage, begin, nbytes in self._gone:
             storage.resize_(nbytes)
-            self._bytes_of(storage).copy_(host[begin : begin + nbytes], non_blocking=self._pinned)
+            self._bytes_of(storage).copy_(host.memory[begin : begin + nbytes], non_blocking=host.pinned)
         torch.cuda.synchronize(self._device)
-        if self._pinned:
-            _cudart().cudaHostUnregister(host.data_ptr())
-        self._host, self._pinned = None, False
+        host.let_go()
+        self._host = None
         self._gone.clear()
 
     def _storages(self) -> Iterator[torch.UntypedStorage]:
-        """Of all parameters, each once."""
+        """Of all parameters that stay on the device, each once."""
         seen: set[int] = set()
         for placed in self._file.placed.values():
             storage = placed.parameter.untyped_storage()
-            if storage.data_ptr() not in seen:
+            if placed.home is None and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 yield storage
 
     def _bytes_of(self, storage: torch.UntypedStorage) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-
-
-def _take_error(device: torch.device) -> None:
-    """Spends the error of a call of CUDA that did no harm. The runtime keeps it, and the next kernel's launch would raise it."""
-    with suppress(RuntimeError):
-        torch.ones(1, device=device).add_(1)
-        torch.cuda.synchronize(device)
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()

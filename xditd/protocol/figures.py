@@ -48,7 +48,8 @@ class RankStatus(Struct, frozen=True, kw_only=True):
     rss: int | None = None  # bytes of host memory
     device_memory: int | None = None  # bytes that torch reserves on its device
     attention: str = ""  # attention backend
-    weights: int | None = None  # bytes of the model's parameters that it holds
+    weights: int | None = None  # bytes of the model's parameters that it holds on its device, in a turn
+    host_weights: int = 0  # bytes of them that wait in the host's memory (`Plan.offload`)
 
 
 class ArenaStatus(Struct, frozen=True, kw_only=True):

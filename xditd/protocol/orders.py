@@ -74,6 +74,7 @@ class TurnDenoise(Struct, frozen=True, kw_only=True, tag="turn_denoise", tag_fie
     order: int
     run: int
     items: tuple[DenoiseItem, ...]
+    singly: bool = False  # a batch is computed one item after another
 
 
 class BeginSample(Struct, frozen=True, kw_only=True, tag="begin_sample", tag_field="type"):
@@ -92,6 +93,7 @@ class BeginSample(Struct, frozen=True, kw_only=True, tag="begin_sample", tag_fie
     preview_frames: bool
     warmup: int = 1
     patches: int = 0
+    singly: bool = False  # a batch is computed one item after another
 
 
 class TurnSample(Struct, frozen=True, kw_only=True, tag="turn_sample", tag_field="type"):
@@ -108,6 +110,7 @@ class TurnDecode(Struct, frozen=True, kw_only=True, tag="turn_decode", tag_field
     latent: Tensor
     clamp: bool
     out: Tensor | None
+    singly: bool = False  # a batch is computed one item after another
 
 
 class TurnEncode(Struct, frozen=True, kw_only=True, tag="turn_encode", tag_field="type"):
@@ -115,6 +118,7 @@ class TurnEncode(Struct, frozen=True, kw_only=True, tag="turn_encode", tag_field
     run: int
     image: Tensor
     out: Tensor | None
+    singly: bool = False  # a batch is computed one item after another
 
 
 class TurnEncodeText(Struct, frozen=True, kw_only=True, tag="turn_encode_text", tag_field="type"):
@@ -197,7 +201,8 @@ class RankReady(Struct, frozen=True, kw_only=True, tag="rank_ready", tag_field="
     seconds: float
     device_memory: int | None
     attention: str
-    weights: int = 0  # bytes of the model's parameters that this rank holds
+    weights: int = 0  # bytes of the model's parameters that this rank holds on its device, in a turn
+    host_weights: int = 0  # bytes of them that wait in the host's memory
 
 
 class RankRested(Struct, frozen=True, kw_only=True, tag="rank_rested", tag_field="type"):

@@ -64,9 +64,15 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     scheduling: Name = (
         "round_robin"  # which of them takes a run: "least_loaded", "weighted_round_robin", "adaptive"
     )
+    # where weights are outside of turns: "" always on the devices, "model" in the host's memory, all of them coming for a
+    # turn, "layerwise" there as well, each layer coming before it runs
+    offload: Name = ""
     # of a plan that cannot be had: "auto" does it with fewer devices, "never" fails; "" is the daemon's own
     fallback: Name = ""
 
+
+OFFLOADS = ("", "model", "layerwise")
+"""What a plan's `offload` may be, and each takes less of the devices' memory than the one before."""
 
 DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
 """What a plan has degrees of, by the names of its fields, in the order in which they are told."""
@@ -81,6 +87,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     ring: int = 1
     pipefusion: int = 1
     tensor: int = 1
+    offload: str = ""  # "model" or "layerwise": as the request has it
     reason: str = ""  # one sentence: why the planner chose this
 
 

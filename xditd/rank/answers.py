@@ -32,7 +32,8 @@ class Worker(Protocol):
 
     handlers: Handlers
     attention: str  # what RankReady tells
-    weights: int  # what it tells, too: bytes of parameters
+    weights: int  # what it tells, too: bytes of parameters on the device
+    host_weights: int  # and of those that wait in the host's memory
 
     def device_memory(self) -> int | None:
         """Bytes reserved on the device; None where there is none, or it was told a moment ago."""

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from xditd.models.families import Transformer
-from xditd.models.reading import held
 from xditd.protocol import orders
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import DenoiseItem
 from xditd.rank.answers import Answer, Handlers
+from xditd.rank.batches import predicted_singly
 from xditd.rank.cfg import Call, CfgParallel
 from xditd.rank.device import Device
 from xditd.rank.inputs import Inputs
 from xditd.rank.noising import noising
 from xditd.rank.places import Frames
-from xditd.rank.rest import resting
+from xditd.rank.rest import resting, turning
 from xditd.rank.sampling import Sampling
 from xditd.rank.transfer import Transfer
 
@@ -44,7 +44,7 @@ class Denoiser:
         cfg: CfgParallel | None = None,
     ) -> None:
         self.attention = attention
-        self.weights = held(network.backbone)
+        self.weights, self.host_weights = network.weights.counted(network.backbone)
         self.device_memory = device.memory
         self.usable = device.usable
         self._network = network
@@ -53,7 +53,7 @@ class Denoiser:
         self._noising = noising(network.noise, transfer.device)
         self._inputs = Inputs(network, transfer)
         self._samplings: dict[int, tuple[orders.BeginSample, Sampling]] = {}
-        self.handlers: Handlers = {
+        handlers: Handlers = {
             orders.SetLoras: self._inputs.set_loras,
             orders.SetConditioning: self._inputs.set_conditioning,
             orders.TurnDenoise: self.denoise,
@@ -63,10 +63,13 @@ class Denoiser:
             orders.DropSegments: lambda order, frames: transfer.drop(order.segments),
             **resting(network, device),
         }
+        self.handlers = turning(handlers, network)
 
     def denoise(self, order: orders.TurnDenoise, frames: Frames) -> Answer:
         self._inputs.hold_loras(order.run)
-        predictions = self._cfg.run([self._item(order.run, item, frames) for item in order.items])
+        predictions = self._cfg.run(
+            [self._item(order.run, item, frames, order.singly) for item in order.items]
+        )
         results = [
             (prediction, item.out, item.x.dtype)
             for prediction, item in zip(predictions, order.items, strict=True)
@@ -75,7 +78,7 @@ class Denoiser:
 
     def begin_sample(self, order: orders.BeginSample, frames: Frames) -> None:
         conditionings, noise, latent = self._inputs.start(order, frames)
-        guided = partial(self._guided, conditionings, order.cfg)
+        guided = partial(self._guided, conditionings, order.cfg, order.singly)
         sampling = Sampling(order.sampler, order.sigmas, noise, latent, guided, self._noising)
         self._samplings[order.run] = order, sampling
 
@@ -102,7 +105,7 @@ class Denoiser:
         self._inputs.forget(order.run)
         self._samplings.pop(order.run, None)
 
-    def _item(self, run: int, item: DenoiseItem, frames: Frames) -> Call:
+    def _item(self, run: int, item: DenoiseItem, frames: Frames, singly: bool) -> Call:
         conditioning = self._inputs.conditioning(run, item.conditioning)
         x = self._transfer.receive(item.x, frames)
         batch = x.shape[0]
@@ -110,17 +113,18 @@ class Denoiser:
             t = torch.full((batch,), item.t[0], dtype=torch.float32, device=x.device)
         else:
             t = torch.tensor(item.t, dtype=torch.float32).to(x.device)
-        return self._call(x, t, conditioning)
+        return self._call(x, t, conditioning, singly)
 
-    def _call(self, x: torch.Tensor, t: torch.Tensor, conditioning: Any) -> Call:
-        return Call(partial(self._network.predict, x, t, conditioning), tuple(x.shape), self._network.dtype)
+    def _call(self, x: torch.Tensor, t: torch.Tensor, conditioning: Any, singly: bool) -> Call:
+        predict = partial(predicted_singly, self._network.predict) if singly else self._network.predict
+        return Call(partial(predict, x, t, conditioning), tuple(x.shape), self._network.dtype)
 
     def _guided(
-        self, conditionings: Sequence[Any], cfg: float, x: torch.Tensor, sigma: torch.Tensor
+        self, conditionings: Sequence[Any], cfg: float, singly: bool, x: torch.Tensor, sigma: torch.Tensor
     ) -> torch.Tensor:
         """x0 with classifier-free guidance, in which a cfg of 1 needs no negative."""
         shown, t = self._noising.shown(x, sigma)
-        calls = [self._call(shown, t.expand(x.shape[0]), each) for each in conditionings]
+        calls = [self._call(shown, t.expand(x.shape[0]), each, singly) for each in conditionings]
         denoised, *without = (
             self._noising.denoised(x, output.float(), sigma) for output in self._cfg.run(calls)
         )

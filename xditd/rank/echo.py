@@ -20,7 +20,7 @@ class Echo:
     """
 
     attention = "none"
-    weights = 0
+    weights = host_weights = 0
 
     def __init__(self, places: Places, rank: int) -> None:
         self._places = places

@@ -5,6 +5,7 @@ Without options it does nothing. The options, all strings:
 - `crash_at_order`, `hang_at_order`, `exit_at_order`, `fail_at_order`, `oom_at_order`: at which turn of this process,
   counted from 1.
 - `only_rank`: the one rank that has the fault; all have it without.
+- `spares`: ranks under a plan with this offload ("model", "layerwise") have no faults.
 - `turn_seconds`: how much longer every turn takes.
 """
 
@@ -19,8 +20,9 @@ from collections.abc import Callable, Mapping
 class Faults:
     """The faults of one rank."""
 
-    def __init__(self, options: Mapping[str, str], rank: int) -> None:
+    def __init__(self, options: Mapping[str, str], rank: int, offload: str = "") -> None:
         mine = "only_rank" not in options or int(options["only_rank"]) == rank
+        mine = mine and not (offload and options.get("spares") == offload)
         self._options = options if mine else {}
         self._delay = float(options.get("turn_seconds", 0))
         self._turns = 0

@@ -68,9 +68,9 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     kernel = attention.choose(device.torch, dtype)
     plan = spec.plan
     divided = plan.ulysses * plan.ring * plan.tensor * plan.pipefusion > 1
-    if spec.compile and divided:
+    if spec.compile and (divided or plan.offload):
         print(
-            "Compiling is for ranks that compute on their own in this version; these run eagerly.",
+            "Compiling is for ranks that compute on their own, with weights that stay; these run eagerly.",
             file=sys.stderr,
         )
     if plan.pipefusion > 1:
@@ -104,7 +104,7 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     faults.at_load()
     divide = None if tensor is None else tensor.divide
     network = load_network(
-        spec.family, spec.path, spec.part, device.torch, dtype, divide, partial(tell, "loading")
+        spec.family, spec.path, spec.part, device.torch, dtype, divide, partial(tell, "loading"), plan.offload
     )
     name = kernel.name
     if world is not None:
@@ -114,7 +114,7 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         network.backbone.set_attention_backend(kernel.diffusers)
         if not attention.obeyed(network.backbone):
             name = attention.TORCHS
-        if spec.compile and device.is_cuda and not divided:
+        if spec.compile and device.is_cuda and not (divided or plan.offload):
             # By block, so that 57 of them cost two; dynamic, so that a new size costs a fifth of a second.
             network.backbone.compile_repeated_blocks(fullgraph=True, dynamic=True)
     cfg = CfgParallel(plan.cfg, spec.rank, spec.world, device.torch)
@@ -140,7 +140,14 @@ def _load_stage(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
     faults.at_load()
     stage = Stage(links.stage, links.stages)
     network = load_network(
-        spec.family, spec.path, spec.part, device.torch, dtype, stage.divide, partial(tell, "loading")
+        spec.family,
+        spec.path,
+        spec.part,
+        device.torch,
+        dtype,
+        stage.divide,
+        partial(tell, "loading"),
+        spec.plan.offload,
     )
     stages = in_stages(spec.family, network)
     network.backbone.set_attention_backend(kernel.diffusers)
@@ -162,7 +169,13 @@ def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
     tell("loading")
     faults.at_load()
     network = load_network(
-        spec.family, spec.path, spec.part, device.torch, DTYPES[spec.dtype], progress=partial(tell, "loading")
+        spec.family,
+        spec.path,
+        spec.part,
+        device.torch,
+        DTYPES[spec.dtype],
+        progress=partial(tell, "loading"),
+        offload=spec.plan.offload,
     )
     transfer = Transfer(device.torch, spec.rank, spec.world, places)
     if role(spec.part) == "text_encoder":

@@ -69,7 +69,7 @@ def _serve(spec: RankSpec, socket: zmq.Socket[bytes], begun: float) -> int:
             ),
         )
 
-    faults = Faults(spec.options, spec.rank)
+    faults = Faults(spec.options, spec.rank, spec.plan.offload)
     try:
         if spec.family == "echo":
             tell("loading")
@@ -86,6 +86,7 @@ def _serve(spec: RankSpec, socket: zmq.Socket[bytes], begun: float) -> int:
             device_memory=worker.device_memory(),
             attention=worker.attention,
             weights=worker.weights,
+            host_weights=worker.host_weights,
         ),
     )
     lane = Lane(spec.lane_fd) if spec.lane_fd >= 0 else None

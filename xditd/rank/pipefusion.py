@@ -19,7 +19,6 @@ import torch
 import torch.distributed
 
 from xditd.models.families import Transformer
-from xditd.models.reading import held
 from xditd.models.stages import Span, Stages, Stream
 from xditd.protocol import orders
 from xditd.protocol.errors import Code, XditError
@@ -29,7 +28,7 @@ from xditd.rank.inputs import Inputs
 from xditd.rank.links import Arriving, Links
 from xditd.rank.noising import noising
 from xditd.rank.places import Frames
-from xditd.rank.rest import resting
+from xditd.rank.rest import resting, turning
 from xditd.rank.sampling import Denoise, Sampling
 from xditd.rank.shards import Shares
 from xditd.rank.transfer import Transfer
@@ -101,7 +100,7 @@ class PipeFusion:
         attention: str,
     ) -> None:
         self.attention = attention
-        self.weights = held(network.backbone)
+        self.weights, self.host_weights = network.weights.counted(network.backbone)
         self.device_memory = device.memory
         self.usable = device.usable
         self._network = network
@@ -111,7 +110,7 @@ class PipeFusion:
         self._noising = noising(network.noise, transfer.device)
         self._inputs = Inputs(network, transfer)
         self._jobs: dict[int, Job] = {}
-        self.handlers: Handlers = {
+        handlers: Handlers = {
             orders.SetLoras: self._inputs.set_loras,
             orders.SetConditioning: self._inputs.set_conditioning,
             orders.BeginSample: self.begin_sample,
@@ -120,6 +119,7 @@ class PipeFusion:
             orders.DropSegments: lambda order, frames: transfer.drop(order.segments),
             **resting(network, device),
         }
+        self.handlers = turning(handlers, network)
 
     def begin_sample(self, order: orders.BeginSample, frames: Frames) -> None:
         calls, noise, latent = self._inputs.start(order, frames)

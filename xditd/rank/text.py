@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from xditd.models.reading import held
 from xditd.models.text import TextEncoder
 from xditd.protocol import orders
 from xditd.rank.answers import Answer, Handlers
 from xditd.rank.device import Device
 from xditd.rank.places import Frames
-from xditd.rank.rest import resting
+from xditd.rank.rest import resting, turning
 from xditd.rank.transfer import Transfer
 
 
@@ -24,17 +23,18 @@ class Text:
 
     def __init__(self, network: TextEncoder, transfer: Transfer, device: Device, attention: str) -> None:
         self.attention = attention
-        self.weights = held(network.backbone)
+        self.weights, self.host_weights = network.weights.counted(network.backbone)
         self.device_memory = device.memory
         self.usable = device.usable
         self._network = network
         self._transfer = transfer
-        self.handlers: Handlers = {
+        handlers: Handlers = {
             orders.TurnEncodeText: self.encode,
             orders.ForgetRun: lambda order, frames: None,
             orders.DropSegments: lambda order, frames: transfer.drop(order.segments),
             **resting(network, device),
         }
+        self.handlers = turning(handlers, network)
 
     def encode(self, order: orders.TurnEncodeText, frames: Frames) -> Answer:
         # Kept: what the tokens were when they were checked, they must be when they are looked up.

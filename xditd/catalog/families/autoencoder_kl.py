@@ -16,6 +16,7 @@ name = "autoencoder_kl"
 label = "an AutoencoderKL VAE"
 part = "vae"
 parallel = False
+layers = ""
 dtypes = FLOATS
 
 IMAGE_CHANNELS = 3

@@ -16,6 +16,7 @@ name = "bert"
 label = "a BERT text encoder"
 part = "text_encoder"
 parallel = False
+layers = r"bert\.encoder\.layer\.\d+\."
 dtypes = FLOATS
 
 HEAD_DIM = 64  # of every BERT; shapes do not tell it

@@ -18,6 +18,7 @@ name = "clip"
 label = "a CLIP text encoder"
 part = "text_encoder"
 parallel = False
+layers = r"(text_model\.encoder\.layers|transformer\.resblocks)\.\d+\."
 dtypes = FLOATS
 
 END = 49407

@@ -18,6 +18,7 @@ name = "echo"
 label = "the echo of tests"
 part = ""
 parallel = True
+layers = ""
 dtypes = FLOATS
 
 
@@ -28,6 +29,11 @@ def detect(header: Header, prefix: str) -> Detected | None:
 def noise(facts: Mapping[str, int]) -> Noise:
     """None: it computes nothing."""
     return Noise(predicts="flow")
+
+
+def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """None: it has no weights."""
+    return {}
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:

@@ -36,6 +36,8 @@ class Family(Protocol):
     label: str  # as a sentence names one of it: "a Flux transformer"
     part: str  # what it is in the making of a picture: "transformer", "vae", "text_encoder"; "" is never in a file
     parallel: bool  # whether more than one device can hold a model of it
+    # what keys of its layers begin with that can be on a device one by one, a regular expression; "": there are none
+    layers: str
     dtypes: tuple[str, ...]  # that it computes right in
 
     def detect(self, header: Header, prefix: str) -> Detected | None:
@@ -45,6 +47,9 @@ class Family(Protocol):
             XditError: `file_invalid` naming the key where shapes contradict each other or keys are missing,
                 `not_built` for a kind of the family that this version has not.
         """
+
+    def parameters(self, facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Every parameter of a model with these facts, by key of its makers' files: its shape."""
 
     def check_plan(self, info: ModelInfo, plan: Plan) -> None:
         """Refuses a plan that this model cannot run under: `bad_plan`, or `not_built`."""

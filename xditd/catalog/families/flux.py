@@ -18,6 +18,7 @@ name = "flux"
 label = "a Flux transformer"
 part = "transformer"
 parallel = True
+layers = r"(double|single)_blocks\.\d+\."
 dtypes = FLOATS
 TENSORS = ("context", "pooled")
 VALUES: tuple[str, ...] = ("guidance",)

@@ -19,6 +19,7 @@ name = "hunyuandit"
 label = "a HunyuanDiT transformer"
 part = "transformer"
 parallel = True
+layers = r"blocks\.\d+\."
 dtypes = FLOATS
 TENSORS = ("context", "context_t5", "mask", "mask_t5")
 VALUES = ("height", "width", "target_height", "target_width", "crop_top", "crop_left")

@@ -19,6 +19,7 @@ name = "pixart"
 label = "a PixArt transformer"
 part = "transformer"
 parallel = True
+layers = r"blocks\.\d+\."
 dtypes = FLOATS
 TENSORS = ("context",)
 VALUES = ("height", "width", "aspect_ratio")

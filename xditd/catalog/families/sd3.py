@@ -18,6 +18,7 @@ name = "sd3"
 label = "an SD3 transformer"
 part = "transformer"
 parallel = True
+layers = r"joint_blocks\.\d+\."
 dtypes = FLOATS
 TENSORS = ("context", "pooled")
 VALUES: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ name = "sdxl"
 label = "an SDXL UNet"
 part = "transformer"
 parallel = False
+layers = r".*\.transformer_blocks\.\d+\."
 dtypes = FLOATS
 TENSORS = ("context", "vector")
 VALUES: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ name = "t5"
 label = "a T5 text encoder"
 part = "text_encoder"
 parallel = False
+layers = r"encoder\.block\.\d+\."
 dtypes = ("float32", "bfloat16")
 """Not float16: what passes between the blocks of a T5-XXL exceeds its range."""
 

@@ -9,11 +9,13 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from xditd.catalog.layouts.autoencoder_kl import pieces
 from xditd.models.vae.config import config
+from xditd.models.weights import Weights
 
 
 class Autoencoder:
     """An AutoencoderKL. Latents are unscaled, as ComfyUI's LATENT; images are in 0..1, channels last."""
 
+    weights: Weights
     pieces = staticmethod(pieces)
 
     @staticmethod
