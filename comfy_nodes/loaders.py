@@ -26,6 +26,7 @@ DispatcherType = io.Custom("XDIT_DISPATCHER")
 ENDPOINT = (
     "Where the daemon listens: ipc:///path.sock or tcp://host:port. Empty: the user's, else the system's."
 )
+SHARING = "Which device runs it: a number, as in 0; several, as in 0,1, share each picture. Empty: the daemon chooses one."
 ONE_DEVICE = "Which device runs it: a number, as in 0. Empty: the daemon chooses."
 
 
@@ -76,10 +77,10 @@ def _choices() -> list[Any]:
     ]
 
 
-def _device_choices() -> list[Any]:
-    """What a loader of a model on one device asks beyond the stock one."""
+def _device_choices(tooltip: str = ONE_DEVICE) -> list[Any]:
+    """What a loader of a model that takes one device by itself asks beyond the stock one."""
     return [
-        io.String.Input("gpu_devices", default="", optional=True, tooltip=ONE_DEVICE),
+        io.String.Input("gpu_devices", default="", optional=True, tooltip=tooltip),
         io.String.Input("endpoint", default="", optional=True, tooltip=ENDPOINT),
     ]
 
@@ -176,7 +177,7 @@ class LoadVAE(io.ComfyNode):
             description="Loads a VAE in the xDiT daemon. The stock VAE Decode, Encode and their tiled twins take it.",
             inputs=[
                 io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae")),
-                *_device_choices(),
+                *_device_choices(SHARING),
             ],
             outputs=[io.Vae.Output()],
         )

@@ -14,6 +14,9 @@ from . import daemon
 from .dispatcher import Dispatcher
 from .patcher import RemotePatcher
 
+WHOLE = 0
+"""As the daemon counts tiles: none. Where memory runs out the tiles are ComfyUI's, as they are without us."""
+
 
 class RemoteAutoencoder(torch.nn.Module):
     """What ComfyUI takes for the VAE's network. Images are [B, 3, H, W], black 0 and white 1; latents [B, C, h, w]."""
@@ -23,12 +26,12 @@ class RemoteAutoencoder(torch.nn.Module):
         self.dispatcher = dispatcher
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return self._ask("decode", latent, clamp=False).movedim(-1, 1)
+        return self._ask("decode", latent, clamp=False, tile=WHOLE).movedim(-1, 1)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
-        return self._ask("encode", image.movedim(1, -1))
+        return self._ask("encode", image.movedim(1, -1), tile=WHOLE)
 
-    def _ask(self, verb: str, tensor: torch.Tensor, **options: bool) -> torch.Tensor:
+    def _ask(self, verb: str, tensor: torch.Tensor, **options: int) -> torch.Tensor:
         spec = self.dispatcher
         ask = getattr(daemon.client(spec.endpoint), verb)
         try:

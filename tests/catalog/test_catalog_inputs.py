@@ -231,9 +231,17 @@ def test_an_encode_that_does_not_fit_is_refused(image, out, word):
     refused(Code.BAD_TENSOR, word, family("autoencoder_kl").check_encode, VAE, image, out)
 
 
-@pytest.mark.parametrize("plan", [Plan(devices=("a", "b")), Plan(devices=("a", "b"), ulysses=2)])
-def test_a_vae_takes_one_device_for_now(plan):
-    refused(Code.NOT_BUILT, "one device", family("autoencoder_kl").check_plan, VAE, plan)
+def test_several_devices_of_a_vae_share_its_pictures_and_nothing_else():
+    check = family("autoencoder_kl").check_plan
+    check(VAE, Plan(devices=("a", "b"), patch=2))
+    refused(Code.BAD_PLAN, "patch 1 is not 2 devices", check, VAE, Plan(devices=("a", "b")))
+    refused(Code.NOT_BUILT, "patch would work", check, VAE, Plan(devices=("a", "b"), ulysses=2))
+
+
+@pytest.mark.parametrize(("tile", "fits"), [(32, 64), (65, 64), (100, 96)])
+def test_a_tile_whose_overlap_is_no_whole_latent_pixel_is_refused(tile, fits):
+    for check in (family("autoencoder_kl").check_decode, family("autoencoder_kl").check_encode):
+        refused(Code.BAD_VALUE, f"{fits} would work", check, VAE, tensor(1, 16, 8, 8), None, tile)
 
 
 def test_a_model_that_is_asked_for_another_models_work_says_which_to_open():

@@ -94,6 +94,7 @@ class ScriptedRun:
         self.fails = fails
         self.conditioning: dict[str, tuple[Any, Any]] = {}
         self.sampled: dict[str, Any] = {}
+        self.decodes = ""  # why it decodes otherwise than it is asked to
         self.ended: list[str] = []
 
     def put_conditioning(self, key: str, tensors: Any, values: Any) -> None:
@@ -106,6 +107,10 @@ class ScriptedRun:
             if self.fails is not None:
                 raise self.fails
         return noise * 0.5
+
+    def decode(self, latent: Any) -> Any:
+        self.degraded = self.degraded or self.decodes
+        return latent[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3).movedim(1, -1).sigmoid()
 
     def cancel(self) -> None:
         self.ended.append("cancel")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xditd.daemon.planner import plan, replicas
+from xditd.daemon.planner import plan, replicas, rungs
 from xditd.protocol import messages as m
 from xditd.protocol.errors import XditError
 
@@ -71,6 +71,27 @@ def test_auto_takes_ulysses_as_far_as_the_heads_divide_and_ring_for_the_rest(hea
 
 def test_a_vae_takes_one_device():
     assert plan(m.PlanRequest(), VAE, GPUS).devices == ("cuda:0",)
+
+
+def test_the_devices_that_are_named_for_a_vae_share_its_pictures():
+    made = plan(m.PlanRequest(devices=("0-3",)), VAE, GPUS)
+    assert (made.patch, len(made.devices)) == (4, 4)
+    assert made.reason == "exact; 4 devices share each picture"
+    assert plan(m.PlanRequest(patch=2), VAE, GPUS).devices == ("cuda:0", "cuda:1")
+    assert [(rung.patch, rung.offload) for rung in rungs(made, VAE)] == [(2, ""), (1, ""), (1, "model")]
+
+
+@pytest.mark.parametrize(
+    "request_", [m.PlanRequest(strategy="USP", devices=("0", "1")), m.PlanRequest(ulysses=2)]
+)
+def test_a_vae_has_no_other_strategy(request_: m.PlanRequest):
+    with pytest.raises(XditError, match="patch would work"):
+        plan(request_, VAE, GPUS)
+
+
+def test_a_transformer_has_no_patches():
+    with pytest.raises(XditError, match="patch 2 is not built for a Flux transformer"):
+        plan(m.PlanRequest(patch=2), flux(), GPUS)
 
 
 def test_devices_are_named_by_index_or_in_full_and_keep_their_order():

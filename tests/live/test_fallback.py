@@ -10,7 +10,7 @@ import torch
 
 from tests.live.conftest import FLUX, Serve
 from tests.live.service import Service
-from tests.live.test_image import MODEL, SIGMAS, TOLERANCE, given, noise
+from tests.live.test_image import AE, MODEL, SIGMAS, TOLERANCE, given, noise
 from tests.rank.reference import Reference, error, euler
 from xditd.client import Client, Run
 from xditd.models.making import flux_facts
@@ -131,6 +131,36 @@ def test_a_turn_that_memory_is_too_small_for_is_done_on_one_device(
         assert event.degraded == run.degraded
         assert error(sample(run), expected) < TOLERANCE, "and so is what comes after"
     assert refused(client, MODEL).code == "out_of_memory"
+
+
+def test_a_picture_that_memory_is_too_small_for_is_decoded_in_tiles(serve: Serve) -> None:
+    service = serve(**{"debug.rank_options": {"oom_when_whole": "1"}})
+    latent = noise(9, 7)
+    with service.client() as client:
+        plan = PlanRequest(offload="model")  # of a VAE, the last of what is exact
+        with client.open_run(AE, plan) as run:
+            image = run.decode(latent)
+            assert "in tiles of 512 pixels, which is approximate" in run.degraded
+            assert told(client)[-1].message == run.degraded
+        assert torch.equal(image, client.decode(AE, latent, plan, tile=512)), "one tile is the picture whole"
+        never = PlanRequest(offload="model", fallback="never")
+        for asked, options in ((plan, {"tile": 0}), (never, {})):
+            with pytest.raises(XditError) as failed:
+                client.decode(AE, latent, asked, **options)
+            assert failed.value.code == "out_of_memory"
+    assert f"Degraded: ae.safetensors: {run.degraded}" in service.said()
+
+
+@pytest.mark.soak  # three starts of real ranks
+def test_devices_that_lack_memory_for_a_shared_picture_leave_it_to_one_in_tiles(serve: Serve) -> None:
+    service = serve(**{"debug.rank_options": {"oom_when_whole": "1"}})
+    latent = noise(9, 7)
+    with service.client() as client, client.open_run(AE, PlanRequest(patch=2)) as run:
+        image = run.decode(latent)
+        assert len(run.plan.devices) == 1
+        assert "patch 2 on cpu:0, cpu:1 could not be had" in run.degraded
+        assert "in tiles of 512 pixels" in run.degraded
+        assert torch.equal(image, client.decode(AE, latent, tile=512))
 
 
 @pytest.mark.soak  # four starts of real ranks; tests/daemon/test_fallback.py has it without any

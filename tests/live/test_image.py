@@ -13,6 +13,7 @@ from tests.live.service import Service, serving
 from tests.rank.reference import Reference, error, euler
 from xditd.models.making import flux_facts, vae_facts
 from xditd.models.vae.config import config as vae_config
+from xditd.protocol.errors import XditError
 from xditd.protocol.messages import PlanRequest
 
 MODEL, AE = "diffusion_models/flux.safetensors", "vae/ae.safetensors"
@@ -137,6 +138,23 @@ def test_the_vae_is_a_model_like_any_other(service, models):
     assert image.shape == (1, 12, 14, 3)
     assert torch.equal(image, expected)
     assert torch.equal(back, expected_back)
+
+
+def test_several_devices_share_a_picture_and_one_has_it_in_tiles(service):
+    latent = noise(37, 20)
+    with service.client() as client:
+        whole = client.decode(AE, latent)
+        with client.open_run(AE, PlanRequest(devices=("0", "1"))) as run:
+            assert (run.plan.patch, run.plan.devices) == (2, ("cpu:0", "cpu:1"))
+            assert error(run.decode(latent), whole) < TOLERANCE
+            assert error(run.encode(whole), client.encode(AE, whole)) < TOLERANCE
+            with pytest.raises(XditError, match="Tiles are computed by one device"):
+                run.decode(latent, tile=16)
+        with pytest.raises(XditError, match="16 would work"):
+            client.decode(AE, latent, tile=12)
+        tiled = client.decode(AE, latent, tile=32)
+        assert tiled.shape == whole.shape
+        assert not torch.equal(tiled, whole), "tiles are approximate"
 
 
 def test_two_items_of_a_step_are_answered_together(service, reference):

@@ -197,6 +197,7 @@ def running(
     ring: int = 1,
     tensor: int = 1,
     pipefusion: int = 1,
+    patch: int = 1,
     dtype: str = "float32",
     options: Mapping[str, str] | None = None,
     wait: bool = True,
@@ -206,7 +207,7 @@ def running(
     plan: Mapping[str, int] | None = None,
 ) -> Iterator[Ranks]:
     """Ranks of one plan, ready unless `wait` is false."""
-    world = cfg * ulysses * ring * tensor * pipefusion
+    world = cfg * ulysses * ring * tensor * pipefusion * patch
     folder.mkdir(parents=True, exist_ok=True)
     devices = tuple(f"{device}:{i}" for i in range(world))
     specs = [
@@ -223,6 +224,7 @@ def running(
                 ring=ring,
                 tensor=tensor,
                 pipefusion=pipefusion,
+                patch=patch,
                 **(plan or {}),
             ),
             endpoint=f"ipc://{folder}/ranks",

@@ -33,6 +33,7 @@ DEGREE_HELP = {
     "ring": "Ring degree; 0 is the planner's choice.",
     "pipefusion": "PipeFusion degree: how many stages the blocks are dealt out to; approximate.",
     "tensor": "Tensor degree: how many devices share the weights of each layer.",
+    "patch": "Patch degree, of a VAE: how many devices share each picture.",
 }
 
 

@@ -234,15 +234,17 @@ class Client:
         plan: m.PlanRequest | None = None,
         *,
         clamp: bool = True,
+        tile: int | None = None,
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
     ) -> T:
-        """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] float32 in 0..1: a run of one turn. For `clamp` see `Run.decode`."""
+        """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] float32 in 0..1: a run of one turn. For `clamp` and `tile` see
+        `Run.decode`; whoever must know whether it was degraded opens a run of their own."""
         with self.open_run(
             vae_model, plan, label="decode", on_event=on_event, interrupt=interrupt, timeout=timeout
         ) as run:
-            return run.decode(latent, clamp=clamp, interrupt=interrupt)
+            return run.decode(latent, clamp=clamp, tile=tile, interrupt=interrupt)
 
     def encode(
         self,
@@ -250,15 +252,16 @@ class Client:
         image: T,
         plan: m.PlanRequest | None = None,
         *,
+        tile: int | None = None,
         on_event: OnEvent | None = None,
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
     ) -> T:
-        """Image [B, H, W, 3] in 0..1 to latent [B, C, h, w] float32, unscaled: a run of one turn."""
+        """Image [B, H, W, 3] in 0..1 to latent [B, C, h, w] float32, unscaled: a run of one turn. For `tile` see `Run.decode`."""
         with self.open_run(
             vae_model, plan, label="encode", on_event=on_event, interrupt=interrupt, timeout=timeout
         ) as run:
-            return run.encode(image, interrupt=interrupt)
+            return run.encode(image, tile=tile, interrupt=interrupt)
 
     def encode_text(
         self,

@@ -225,19 +225,30 @@ class Run:
         finally:
             parcel.release()
 
-    def decode(self, latent: T, *, clamp: bool = True, interrupt: Interrupt | None = None) -> T:
+    def decode(
+        self,
+        latent: T,
+        *,
+        clamp: bool = True,
+        tile: int | None = None,
+        interrupt: Interrupt | None = None,
+    ) -> T:
         """VAE: latent [B, C, h, w], unscaled as ComfyUI's LATENT, to image [B, H, W, 3] float32 in 0..1.
 
         Args:
             clamp: False leaves values outside of 0..1 as they are, for whoever blends tiles before cutting.
+            tile: the side in pixels of tiles that are decoded one after the other and blended, which takes less memory and
+                is approximate; 0 decodes the picture whole. None does too, and where the device's memory runs out in
+                tiles, unless the run's fallback is "never"; `degraded` then says so.
         """
-        put, opened = partial(vae.put_latent, latent=latent, clamp=clamp), partial(vae.opened, given=latent)
+        put = partial(vae.put_latent, latent=latent, clamp=clamp, tile=tile)
+        opened = partial(vae.opened, given=latent)
         image: T = self._turn(m.Decode, put, opened, interrupt)
         return image
 
-    def encode(self, image: T, *, interrupt: Interrupt | None = None) -> T:
-        """VAE: image [B, H, W, 3] in 0..1 to latent [B, C, h, w] float32, unscaled."""
-        put, opened = partial(vae.put_image, image=image), partial(vae.opened, given=image)
+    def encode(self, image: T, *, tile: int | None = None, interrupt: Interrupt | None = None) -> T:
+        """VAE: image [B, H, W, 3] in 0..1 to latent [B, C, h, w] float32, unscaled. For `tile` see `decode`."""
+        put, opened = partial(vae.put_image, image=image, tile=tile), partial(vae.opened, given=image)
         latent: T = self._turn(m.Encode, put, opened, interrupt)
         return latent
 
@@ -419,6 +430,7 @@ class Run:
             raise
         request = self._connection.begin(kind, fields, parcel)
         answer, frames = self._finish(request, self._hear, interrupt)
+        self.degraded = getattr(answer, "degraded", "") or self.degraded
         try:
             return opened(parcel, fields=fields, answer=answer, frames=frames)
         finally:

@@ -10,21 +10,23 @@ from xditd.client.values import T, like, source
 from xditd.protocol.messages import Decoded, Encoded
 
 
-def put_latent(parcel: Parcel, facts: Mapping[str, int], latent: T, clamp: bool) -> dict[str, Any]:
+def put_latent(
+    parcel: Parcel, facts: Mapping[str, int], latent: T, clamp: bool, tile: int | None = None
+) -> dict[str, Any]:
     """The tensors of a Decode, with room for the image; that comes as a frame where its size cannot be told."""
     given, scale = source(latent), facts.get("scale", 8)
     shape = given.shape
     image = (shape[0], shape[2] * scale, shape[3] * scale, 3) if len(shape) == 4 else None
-    return {"latent": parcel.put(given), "clamp": clamp, "out": image and parcel.floats(image)}
+    return {"latent": parcel.put(given), "clamp": clamp, "tile": tile, "out": image and parcel.floats(image)}
 
 
-def put_image(parcel: Parcel, facts: Mapping[str, int], image: T) -> dict[str, Any]:
+def put_image(parcel: Parcel, facts: Mapping[str, int], image: T, tile: int | None = None) -> dict[str, Any]:
     """The tensors of an Encode, with room for the latent; that comes as a frame where its size cannot be told."""
     given, scale, channels = source(image), facts.get("scale", 8), facts.get("latent_channels")
     shape, latent = given.shape, None
     if len(shape) == 4 and channels is not None and min(shape[1], shape[2]) >= scale:
         latent = (shape[0], channels, shape[1] // scale, shape[2] // scale)
-    return {"image": parcel.put(given), "out": latent and parcel.floats(latent)}
+    return {"image": parcel.put(given), "tile": tile, "out": latent and parcel.floats(latent)}
 
 
 def opened(

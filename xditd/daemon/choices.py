@@ -17,6 +17,7 @@ from xditd.daemon.residency import weights
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.explaining import Candidate
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
+from xditd.protocol.plans import DEGREES as ALL_DEGREES
 from xditd.protocol.plans import OFFLOADS
 
 PATCH = 2
@@ -30,6 +31,7 @@ NOT_BY_ITSELF = {
     "tensor": "only by its name: for models that do not fit, since every layer waits for its sums",
     "ring": "exact; not chosen, since ulysses sends less where the heads divide",
     "ulysses": "exact; not chosen, since it is not what was asked for",
+    "patch": "exact; only where its devices are named, since one decodes most pictures in a moment",
     "model": "exact; only by its name, or where memory lacks: every turn waits until all weights have come",
     "layerwise": "exact; only by its name, or where memory lacks: every call waits for all layers to come",
 }
@@ -86,7 +88,7 @@ def explain(
     elif chosen is not None and refusal is not None:
         add(chosen, "rejected", refusal.message, Code.OUT_OF_MEMORY.value)
     offloads: list[dict[str, Any]] = [{"offload": offload} for offload in OFFLOADS if offload]
-    for shape in shapes(len(devices)) + offloads:
+    for shape in shapes(len(devices), info.part) + offloads:
         plan = structs.replace(Plan(devices=devices[: _count(shape)]), **shape)
         if chosen is not None and _shape(plan) == _shape(chosen):
             continue
@@ -110,8 +112,10 @@ def explain(
     return tuple(found), refusal
 
 
-def shapes(count: int) -> list[dict[str, Any]]:
+def shapes(count: int, part: str = "transformer") -> list[dict[str, Any]]:
     """Degrees over so many devices: each alone, each pair of them, and one device."""
+    if part == "vae":
+        return [{"patch": count}, {}] if count > 1 else [{}]
     found: list[dict[str, Any]] = [{name: count} for name in DEGREES] if count > 1 else []
     if "cfg" in (found[0] if found else {}) and count != planner.GUIDED:
         del found[0]  # a step has two calls at most
@@ -124,16 +128,16 @@ def shapes(count: int) -> list[dict[str, Any]]:
 
 
 def _shape(plan: Plan) -> tuple[Any, ...]:
-    return plan.offload, *(getattr(plan, name) for name in DEGREES)
+    return plan.offload, *(getattr(plan, name) for name in ALL_DEGREES)
 
 
 def _count(shape: Mapping[str, Any]) -> int:
     """How many devices it takes."""
-    return math.prod(degree for name, degree in shape.items() if name in DEGREES)
+    return math.prod(degree for name, degree in shape.items() if name in ALL_DEGREES)
 
 
 def _above(plan: Plan, name: str) -> bool:
-    return name in DEGREES and getattr(plan, name) > 1
+    return name in ALL_DEGREES and getattr(plan, name) > 1
 
 
 def _all_tokens(info: ModelInfo, size: tuple[int, int]) -> int:

@@ -76,6 +76,7 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ring: Annotated[int, Meta(ge=0, le=1024)] = 0
     pipefusion: Annotated[int, Meta(ge=0, le=1024)] = 0
     tensor: Annotated[int, Meta(ge=0, le=1024)] = 0
+    patch: Annotated[int, Meta(ge=0, le=1024)] = 0
     offload: Literal["", "model", "layerwise"] = (
         ""  # where the weights are outside of turns; "" on the devices
     )
@@ -96,6 +97,7 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             ring=self.ring,
             pipefusion=self.pipefusion,
             tensor=self.tensor,
+            patch=self.patch,
             offload=self.offload,
             replicas=self.replicas,
         )

@@ -91,6 +91,10 @@ class Ladder:
         less = self._next(code) is not None or self._split(when, code, batch)
         return (when, code) in LEADS_DOWN and less
 
+    def at_foot(self, batch: int) -> bool:
+        """Whether less may be had, and for want of memory nothing exact is left to be tried."""
+        return self.splits and not self.leads_down("turn", Code.OUT_OF_MEMORY.value, batch)
+
     def _next(self, code: str) -> Plan | None:
         """The nearest plan below that may help: to have weights elsewhere helps for want of memory alone."""
         offloaded = "" if self.at is None else self.at.offload
@@ -117,7 +121,7 @@ class Ladder:
 
 def spell(plan: Plan) -> str:
     """ "ulysses 2 × ring 2 on cuda:0, cuda:1, cuda:2, cuda:3" """
-    names = ("cfg", "tensor", "pipefusion", "ulysses", "ring")
+    names = ("cfg", "tensor", "pipefusion", "ulysses", "ring", "patch")
     named = [f"{name} {getattr(plan, name)}" for name in names if getattr(plan, name) > 1]
     offload = f" with {plan.offload} offload" if plan.offload else ""
     return f"{' × '.join(named) or 'The plan'} on {', '.join(plan.devices)}{offload}"

@@ -14,10 +14,11 @@ from xditd.daemon.ports import ClientPort, RankPort
 from xditd.daemon.roster import Roster
 from xditd.daemon.runs import Asked, Run, Work
 from xditd.daemon.turns import Turns
-from xditd.daemon.work import alone, answer, begin, effort, failed, progress, turn
+from xditd.daemon.work import alone, answer, batch_of, begin, effort, failed, progress, turn
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.plans import ModelRef
 
 
 class Jobs:
@@ -32,6 +33,8 @@ class Jobs:
         self.groups = groups
         self.turns = turns
         self.turned: Callable[[Asked, float], None] = lambda asked, seconds: None  # called after every turn
+        # called where a turn was done in a lesser way, and why
+        self.lowered: Callable[[ModelRef, str, Run], None] = lambda ref, why, run: None
 
     def ask(self, run: Run, work: Work, frames: Sequence[Any], now: float) -> None:
         """A run is asked something. One without a place keeps it until it has one.
@@ -82,7 +85,10 @@ class Jobs:
         if finished:
             run.asked = None
             run.go("answer")
-            self.clients.answer(run.peer, *answer(asked, report, frames, run.ladder.degraded))
+            why = "; ".join(filter(None, (run.ladder.degraded, report.degraded)))
+            if report.degraded:
+                self.lowered(run.ref, why, run)
+            self.clients.answer(run.peer, *answer(asked, report, frames, why))
         else:
             self._ask_turn(run)
 
@@ -109,4 +115,7 @@ class Jobs:
             )
             frames = ()
         asked.begun = True
-        self.ranks.order(group, turn(number, run.id, asked, run.ladder.singly), peer=run.peer, frames=frames)
+        tiles = run.ladder.at_foot(batch_of(asked.work)) and len(group.key.plan.devices) == 1
+        self.ranks.order(
+            group, turn(number, run.id, asked, run.ladder.singly, tiles), peer=run.peer, frames=frames
+        )

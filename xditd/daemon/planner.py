@@ -3,7 +3,7 @@
 Pure: it is told the model's facts and the names of the devices. Unless pipefusion is named, the choice is exact: sequence parallelism
 (USP), ulysses as far as the heads divide and ring for the rest, and by itself never cfg, since whether a sampling is
 guided is not known when its model is loaded, nor tensor, which is for models that do not fit; a VAE or a text encoder
-takes one device.
+takes one device, but of several that are named all of a VAE's share its pictures (patch).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from xditd.catalog.families import family
 from xditd.daemon.scheduling import POLICIES
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
-from xditd.protocol.plans import OFFLOADS
+from xditd.protocol.plans import DEGREES, OFFLOADS
 
 STRATEGIES = ("auto", "usp", "hybrid", "cfg", "tensor", "pipefusion")
 """In lower case. auto, usp and hybrid mean sequence parallelism for what no degree speaks for."""
@@ -62,7 +62,7 @@ def replicas(request: PlanRequest, info: ModelInfo, owned: list[str]) -> tuple[P
     )
 
 
-SHRINKING = ("ring", "ulysses", "pipefusion", "tensor", "cfg")
+SHRINKING = ("ring", "ulysses", "pipefusion", "tensor", "cfg", "patch")
 """The degrees in the order in which a fallback gives them up: first those whose loss costs nothing but time."""
 
 
@@ -164,6 +164,8 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
     degrees = dict(given)
     if rest > 1 and strategy in FILLING and not single and strategy not in given:
         degrees[strategy] = rest
+    elif rest > 1 and info.part == "vae" and strategy in ("auto", "hybrid") and not given:
+        degrees["patch"] = rest
     elif rest > 1:
         degrees = _fill(degrees, rest, info)
         if math.prod(degrees.values()) != len(devices):
@@ -180,7 +182,7 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
 
 def _degrees(request: PlanRequest) -> dict[str, int]:
     """The degrees that were asked for, by name or by the strategy."""
-    named = {name: getattr(request, name) for name in ("cfg", "ulysses", "ring", "pipefusion", "tensor")}
+    named = {name: getattr(request, name) for name in DEGREES}
     given = {name: degree for name, degree in named.items() if degree}
     if request.strategy.lower() == "cfg":
         given.setdefault("cfg", GUIDED)
@@ -257,6 +259,8 @@ def _reason(degrees: dict[str, int], info: ModelInfo, devices: int, offload: str
 def _shared(degrees: dict[str, int], info: ModelInfo, devices: int) -> str:
     if devices == 1:
         return "one device"
+    if degrees.get("patch", 1) > 1:
+        return f"exact; {degrees['patch']} devices share each picture"
     if degrees.get("pipefusion", 1) > 1:
         return "approximate, since steps overlap; exact where every step is warm-up"
     if degrees.get("cfg", 1) > 1:

@@ -326,11 +326,25 @@ def _check_work(run: Run, work: Work) -> None:
             info, work, _conditioning(run, work.conditioning), negative
         )
     elif isinstance(work, m.Decode):
-        families.autoencoder_of(info, "decode").check_decode(info, work.latent, work.out)
+        _check_tile(run, work.tile)
+        families.autoencoder_of(info, "decode").check_decode(info, work.latent, work.out, work.tile or 0)
     elif isinstance(work, m.Encode):
-        families.autoencoder_of(info, "encode images").check_encode(info, work.image, work.out)
+        _check_tile(run, work.tile)
+        families.autoencoder_of(info, "encode images").check_encode(
+            info, work.image, work.out, work.tile or 0
+        )
     else:
         families.text_encoder_of(info, "encode text").check_encode_text(info, work)
+
+
+def _check_tile(run: Run, tile: int | None) -> None:
+    """Refuses tiles where devices share a picture: each would hold a band of every tile, too thin to be worth it."""
+    if tile and run.key.plan.patch > 1:
+        raise XditError(
+            Code.BAD_VALUE,
+            f"Tiles are computed by one device, but patch {run.key.plan.patch} shares a picture among several; leave out "
+            "tile, or name one device.",
+        )
 
 
 def _check_pipelined(run: Run, work: Work) -> None:

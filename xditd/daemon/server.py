@@ -115,7 +115,7 @@ class Server:
             stop=stop,
         )
         self.dispatcher.noticed, self.dispatcher.jobs.turned = self.sight.group, self.sight.turn
-        self.dispatcher.lowered = self.sight.degraded
+        self.dispatcher.lowered = self.dispatcher.jobs.lowered = self.sight.degraded
 
     def go(self, event: str) -> None:
         self.state = states.after(states.DAEMON, self.state, event)

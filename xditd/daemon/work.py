@@ -41,8 +41,13 @@ def begin(run: int, work: m.Sample, singly: bool = False) -> o.BeginSample:
     )
 
 
-def turn(order: int, run: int, asked: Asked, singly: bool = False) -> Turn:
-    """The order of a request's next turn; `singly` as of `begin`."""
+def turn(order: int, run: int, asked: Asked, singly: bool = False, tiles: bool = False) -> Turn:
+    """The order of a request's next turn.
+
+    Args:
+        singly: as of `begin`.
+        tiles: a picture may be computed in tiles where memory runs out.
+    """
     work = asked.work
     if isinstance(work, m.Denoise):
         return o.TurnDenoise(order=order, run=run, items=work.items, singly=singly)
@@ -50,10 +55,25 @@ def turn(order: int, run: int, asked: Asked, singly: bool = False) -> Turn:
         return o.TurnSample(order=order, run=run, step=asked.step)
     if isinstance(work, m.Decode):
         return o.TurnDecode(
-            order=order, run=run, latent=work.latent, clamp=work.clamp, out=work.out, singly=singly
+            order=order,
+            run=run,
+            latent=work.latent,
+            clamp=work.clamp,
+            out=work.out,
+            singly=singly,
+            tile=work.tile or 0,
+            tiles=tiles and work.tile is None,
         )
     if isinstance(work, m.Encode):
-        return o.TurnEncode(order=order, run=run, image=work.image, out=work.out, singly=singly)
+        return o.TurnEncode(
+            order=order,
+            run=run,
+            image=work.image,
+            out=work.out,
+            singly=singly,
+            tile=work.tile or 0,
+            tiles=tiles and work.tile is None,
+        )
     return o.TurnEncodeText(
         order=order,
         run=run,
@@ -139,8 +159,8 @@ def answer(
         sampled = m.Sampled(re=work.id, latent=output, steps=asked.turns, seconds=seconds, degraded=degraded)
         return sampled, frames
     if isinstance(work, m.Decode):
-        return m.Decoded(re=work.id, image=output, seconds=seconds), frames
-    return m.Encoded(re=work.id, latent=output, seconds=seconds), frames
+        return m.Decoded(re=work.id, image=output, seconds=seconds, degraded=degraded), frames
+    return m.Encoded(re=work.id, latent=output, seconds=seconds, degraded=degraded), frames
 
 
 def failed(request: int | None, code: Code | str, message: str) -> m.Failed:

@@ -217,6 +217,8 @@ class Decode(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="decode"
     latent: Tensor
     clamp: bool = True  # to 0..1
     out: Tensor | None = None
+    # side of the tiles in pixels; 0 is whole; None is whole, and in tiles where memory runs out and less may be had
+    tile: Annotated[int, Meta(ge=0, le=65536)] | None = None
 
 
 class Encode(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="encode", tag_field="type"):
@@ -226,6 +228,7 @@ class Encode(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="encode"
     run: Id
     image: Tensor
     out: Tensor | None = None
+    tile: Annotated[int, Meta(ge=0, le=65536)] | None = None  # as in Decode
 
 
 class EncodeText(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="encode_text", tag_field="type"):
@@ -402,12 +405,14 @@ class Decoded(Struct, frozen=True, kw_only=True, tag="decoded", tag_field="type"
     re: Id
     image: Tensor
     seconds: float
+    degraded: str = ""  # why it was not done as asked; in tiles it is approximate
 
 
 class Encoded(Struct, frozen=True, kw_only=True, tag="encoded", tag_field="type"):
     re: Id
     latent: Tensor
     seconds: float
+    degraded: str = ""  # as in Decoded
 
 
 class TextEncoded(

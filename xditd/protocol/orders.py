@@ -111,6 +111,8 @@ class TurnDecode(Struct, frozen=True, kw_only=True, tag="turn_decode", tag_field
     clamp: bool
     out: Tensor | None
     singly: bool = False  # a batch is computed one item after another
+    tile: int = 0  # side of the tiles in pixels; 0 is whole
+    tiles: bool = False  # in tiles, where memory runs out
 
 
 class TurnEncode(Struct, frozen=True, kw_only=True, tag="turn_encode", tag_field="type"):
@@ -119,6 +121,8 @@ class TurnEncode(Struct, frozen=True, kw_only=True, tag="turn_encode", tag_field
     image: Tensor
     out: Tensor | None
     singly: bool = False  # a batch is computed one item after another
+    tile: int = 0
+    tiles: bool = False
 
 
 class TurnEncodeText(Struct, frozen=True, kw_only=True, tag="turn_encode_text", tag_field="type"):
@@ -225,6 +229,7 @@ class TurnDone(Struct, frozen=True, kw_only=True, tag="turn_done", tag_field="ty
     seconds: float
     preview: Tensor | None = None
     device_memory: int | None = None
+    degraded: str = ""  # why the turn was not done as ordered
 
 
 class RankFailed(Struct, frozen=True, kw_only=True, tag="rank_failed", tag_field="type"):

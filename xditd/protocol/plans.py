@@ -60,6 +60,7 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ring: Degree = 0
     pipefusion: Degree = 0
     tensor: Degree = 0
+    patch: Degree = 0
     replicas: Degree = 0  # groups that hold the model, each on its share of the devices; 0 is one
     scheduling: Name = (
         "round_robin"  # which of them takes a run: "least_loaded", "weighted_round_robin", "adaptive"
@@ -74,7 +75,7 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 OFFLOADS = ("", "model", "layerwise")
 """What a plan's `offload` may be, and each takes less of the devices' memory than the one before."""
 
-DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
+DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor", "patch")
 """What a plan has degrees of, by the names of its fields, in the order in which they are told."""
 
 
@@ -87,6 +88,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     ring: int = 1
     pipefusion: int = 1
     tensor: int = 1
+    patch: int = 1  # of a VAE: ranks that share each picture
     offload: str = ""  # "model" or "layerwise": as the request has it
     reason: str = ""  # one sentence: why the planner chose this
 

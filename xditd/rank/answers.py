@@ -17,6 +17,7 @@ class Answer:
     outputs: tuple[Tensor, ...] = ()
     frames: Sequence[Any] = field(default_factory=list)
     preview: Tensor | None = None
+    degraded: str = ""  # why the turn was not done as ordered
 
 
 Handler = Callable[[Any, Frames], Any]

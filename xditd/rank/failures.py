@@ -27,7 +27,7 @@ def explain(error: BaseException) -> tuple[str, str]:
     """The code and the sentence of an exception."""
     if isinstance(error, XditError):
         return str(error.code.value if isinstance(error.code, Code) else error.code), error.message
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return (
             Code.OUT_OF_MEMORY.value,
             f"The device ran out of memory: {_first_line(error)} A smaller image, batch or more devices would fit.",
@@ -35,7 +35,8 @@ def explain(error: BaseException) -> tuple[str, str]:
     return Code.RANK_FAILED.value, f"The rank failed: {type(error).__name__}: {_first_line(error)}"
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device lacked memory, or the host."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True

@@ -4,6 +4,7 @@ Without options it does nothing. The options, all strings:
 - `crash_at_load`, `hang_at_load`, `fail_at_load`; `crash_at_wake`, `hang_at_wake`, `fail_at_wake`: any value.
 - `crash_at_order`, `hang_at_order`, `exit_at_order`, `fail_at_order`, `oom_at_order`: at which turn of this process,
   counted from 1.
+- `oom_when_whole`: a VAE lacks memory for every picture that it computes whole.
 - `only_rank`: the one rank that has the fault; all have it without.
 - `spares`: ranks under a plan with this offload ("model", "layerwise") have no faults.
 - `turn_seconds`: how much longer every turn takes.
@@ -41,6 +42,10 @@ class Faults:
         if self._delay:
             time.sleep(self._delay)
         self._strike("at_order", lambda value: int(value) == self._turns)
+
+    def when_whole(self) -> None:
+        """Called before a picture is computed whole."""
+        self._strike("when_whole", lambda value: True)
 
     def _strike(self, when: str, due: Callable[[str], bool]) -> None:
         if not self._options:

@@ -13,6 +13,7 @@ from xditd.catalog.detection import role
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan
 from xditd.protocol.orders import RankSpec
+from xditd.protocol.plans import DEGREES
 from xditd.rank.answers import Worker
 from xditd.rank.faults import Faults
 from xditd.rank.places import Places
@@ -157,7 +158,7 @@ def _load_stage(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
 
 
 def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
-    """A VAE or a text encoder: every rank of a world has all of it."""
+    """A VAE or a text encoder: every rank of a world has all of its weights."""
     from xditd.models.families import load as load_network
     from xditd.rank.device import Device
     from xditd.rank.text import Text
@@ -182,7 +183,11 @@ def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
         return Text(network, transfer, device, "native")
     from xditd.rank.vae import Vae  # diffusers, which a text encoder has no need of
 
-    return Vae(network, transfer, device, "native")
+    if spec.world > 1:
+        from xditd.rank.spatial import SpatialParallel
+
+        network = SpatialParallel(network, spec.rank, spec.world)
+    return Vae(network, transfer, device, "native", faults)
 
 
 def _meet(spec: RankSpec, is_cuda: bool, tell: Tell) -> None:
@@ -198,9 +203,9 @@ def _meet(spec: RankSpec, is_cuda: bool, tell: Tell) -> None:
 def _check(spec: RankSpec) -> None:
     """Refuses what this version does not do. The daemon's planner does so first; this is the last line."""
     plan: Plan = spec.plan
-    degrees = {name: getattr(plan, name) for name in ("cfg", "pipefusion", "tensor", "ulysses", "ring")}
+    degrees = {name: getattr(plan, name) for name in DEGREES}
     spelt = " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one rank"
-    if spec.part == "transformer" and math.prod(degrees.values()) != spec.world:
+    if role(spec.part) != "text_encoder" and math.prod(degrees.values()) != spec.world:
         raise XditError(Code.BAD_PLAN, f"{spelt} is not the world of {spec.world} ranks.")
     if plan.pipefusion > 1 and plan.tensor * plan.ulysses * plan.ring > 1:
         raise XditError(Code.NOT_BUILT, f"{spelt} is not built in this version; pipefusion with cfg is.")

@@ -86,6 +86,7 @@ class Loop:
                 seconds=time.perf_counter() - begun,
                 preview=answer.preview,
                 device_memory=self._worker.device_memory(),
+                degraded=answer.degraded,
             )
             if answer.frames or self._lane is None or not self._lane.send(encode(done)):
                 report(self._socket, done, answer.frames)

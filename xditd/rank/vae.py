@@ -1,17 +1,42 @@
-"""A VAE's orders: decode and encode. Every rank of a world computes the same, and rank 0 answers."""
+"""A VAE's orders: decode and encode. The ranks of a world share each picture, and rank 0 answers."""
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
-from xditd.models.vae.network import Autoencoder
+import torch
+
+from xditd.models.weights import Weights
 from xditd.protocol import orders
 from xditd.rank.answers import Answer, Handlers
 from xditd.rank.batches import singly
 from xditd.rank.device import Device
+from xditd.rank.failures import out_of_memory
+from xditd.rank.faults import Faults
 from xditd.rank.places import Frames
 from xditd.rank.rest import resting, turning
 from xditd.rank.transfer import Transfer
+
+TILE = 512
+"""The side in pixels of tiles that nobody named: ComfyUI's own for pictures that do not fit."""
+
+
+Compute = Callable[..., torch.Tensor]
+"""Of a batch and `tile`."""
+
+
+class Network(Protocol):
+    """`models.vae.network.Autoencoder`, or a world's (`rank.spatial`)."""
+
+    backbone: torch.nn.Module
+    weights: Weights
+
+    def decode(self, latent: torch.Tensor, clamp: bool = True, tile: int = 0) -> torch.Tensor: ...
+
+    def encode(self, image: torch.Tensor, tile: int = 0) -> torch.Tensor: ...
 
 
 class Vae:
@@ -22,15 +47,20 @@ class Vae:
         transfer: of this rank's tensors.
         device: this rank's.
         attention: the kernel's name.
+        faults: that a test asked for.
     """
 
-    def __init__(self, network: Autoencoder, transfer: Transfer, device: Device, attention: str) -> None:
+    def __init__(
+        self, network: Network, transfer: Transfer, device: Device, attention: str, faults: Faults
+    ) -> None:
         self.attention = attention
         self.weights, self.host_weights = network.weights.counted(network.backbone)
         self.device_memory = device.memory
         self.usable = device.usable
         self._network = network
         self._transfer = transfer
+        self._device = device
+        self._faults = faults
         handlers: Handlers = {
             orders.TurnDecode: self.decode,
             orders.TurnEncode: self.encode,
@@ -41,12 +71,34 @@ class Vae:
         self.handlers = turning(handlers, network)
 
     def decode(self, order: orders.TurnDecode, frames: Frames) -> Answer:
-        decode = partial(self._network.decode, clamp=order.clamp)
-        latent = self._transfer.receive(order.latent, frames)
-        image = singly(decode, latent) if order.singly else decode(latent)
-        return Answer(*self._transfer.deliver([(image, order.out, "float32")], frames))
+        compute = partial(self._network.decode, clamp=order.clamp)
+        image, why = self._within_memory(order, compute, self._transfer.receive(order.latent, frames))
+        return Answer(*self._transfer.deliver([(image, order.out, "float32")], frames), degraded=why)
 
     def encode(self, order: orders.TurnEncode, frames: Frames) -> Answer:
-        image = self._transfer.receive(order.image, frames)
-        latent = singly(self._network.encode, image) if order.singly else self._network.encode(image)
-        return Answer(*self._transfer.deliver([(latent, order.out, "float32")], frames))
+        given = self._transfer.receive(order.image, frames)
+        latent, why = self._within_memory(order, self._network.encode, given)
+        return Answer(*self._transfer.deliver([(latent, order.out, "float32")], frames), degraded=why)
+
+    def _within_memory(
+        self, order: orders.TurnDecode | orders.TurnEncode, compute: Compute, given: torch.Tensor
+    ) -> tuple[torch.Tensor, str]:
+        """As ordered; where memory runs out and the order allows it, in tiles, and why."""
+
+        def computed(tile: int) -> torch.Tensor:
+            of_batch = partial(compute, tile=tile)
+            return singly(of_batch, given) if order.singly else of_batch(given)
+
+        try:
+            if not order.tile:
+                self._faults.when_whole()
+            return computed(order.tile), ""
+        except Exception as error:
+            if not (order.tiles and out_of_memory(error)):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors that memory was taken by
+        self._device.settle()
+        return computed(TILE), (
+            f"the device ran out of memory over the picture whole; it was computed in tiles of {TILE} pixels, which is "
+            "approximate"
+        )

@@ -23,6 +23,7 @@ IMAGE_CHANNELS = 3
 NORM_GROUPS = 32  # of every normalisation; shapes do not tell it
 MAX_LEVELS = 8  # the known ones have 4
 MAX_BLOCKS = 16  # of a level; the known ones have 2
+TILE_STEP = 4  # latent pixels: a tile's side is a multiple of so many, since a quarter of it overlaps
 
 
 def detect(header: Header, prefix: str) -> Detected | None:
@@ -115,11 +116,28 @@ def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:
-    inputs.check_one_device(label, plan)
+    inputs.check_degrees_built(label, plan, ("patch",))
+    if plan.patch != len(plan.devices):
+        raise XditError(
+            Code.BAD_PLAN,
+            f"patch {plan.patch} is not {len(plan.devices)} devices; name as many devices as ranks share a picture.",
+        )
 
 
-def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
+def check_tile(info: ModelInfo, tile: int) -> None:
+    """Refuses tiles whose overlap, a quarter of their side, is no whole number of latent pixels."""
+    step = TILE_STEP * info.facts["scale"]
+    if tile and (tile % step or tile < 2 * step):
+        fits = max(2 * step, tile - tile % step)
+        raise XditError(
+            Code.BAD_VALUE,
+            f"tile is {tile}; it must be a multiple of {step} from {2 * step} on: {fits} would work.",
+        )
+
+
+def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None, tile: int = 0) -> None:
     """latent [B, latent_channels, h, w] to out [B, h·scale, w·scale, 3], float32."""
+    check_tile(info, tile)
     inputs.check_dtype("latent", latent)
     inputs.check_shape("latent", latent, ("B", info.facts["latent_channels"], "h", "w"))
     if out is not None:
@@ -129,8 +147,9 @@ def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> 
         inputs.check_shape("out", out, (batch, height * scale, width * scale, IMAGE_CHANNELS))
 
 
-def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
+def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None, tile: int = 0) -> None:
     """image [B, H, W, 3], H and W multiples of scale, to out [B, latent_channels, H/scale, W/scale]."""
+    check_tile(info, tile)
     inputs.check_dtype("image", image)
     inputs.check_shape("image", image, ("B", "H", "W", IMAGE_CHANNELS))
     scale = info.facts["scale"]

@@ -72,11 +72,11 @@ def check_sample(
         _check_alike(f"preview {i}", preview, given, "noise")
 
 
-def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
+def check_decode(info: ModelInfo, latent: Tensor, out: Tensor | None = None, tile: int = 0) -> None:
     """Any latent to any out: out's first bytes are written with the latent's."""
 
 
-def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
+def check_encode(info: ModelInfo, image: Tensor, out: Tensor | None = None, tile: int = 0) -> None:
     """Any image to any out."""
 
 

@@ -90,10 +90,10 @@ class Transformer(Family, Protocol):
 class Autoencoder(Family, Protocol):
     """One that makes pictures of latents, and latents of pictures."""
 
-    def check_decode(self, info: ModelInfo, latent: Tensor, out: Tensor | None = None) -> None:
+    def check_decode(self, info: ModelInfo, latent: Tensor, out: Tensor | None = None, tile: int = 0) -> None:
         """Refuses a Decode: `bad_tensor`, `bad_value`."""
 
-    def check_encode(self, info: ModelInfo, image: Tensor, out: Tensor | None = None) -> None:
+    def check_encode(self, info: ModelInfo, image: Tensor, out: Tensor | None = None, tile: int = 0) -> None:
         """Refuses an Encode: `bad_tensor`, `bad_value`."""
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from xditd.catalog.sentences import listed, shape_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan, Sample
+from xditd.protocol.plans import DEGREES
 from xditd.protocol.tensors import FLOATS, Tensor
 
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "ddim")
@@ -186,4 +187,4 @@ def check_one_device(label: str, plan: Plan) -> None:
 
 def degrees_of(plan: Plan) -> Mapping[str, int]:
     """A plan's degrees by name."""
-    return {name: getattr(plan, name) for name in ("cfg", "ulysses", "ring", "pipefusion", "tensor")}
+    return {name: getattr(plan, name) for name in DEGREES}
