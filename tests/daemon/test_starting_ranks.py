@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,19 +38,18 @@ def only(times: int, call: Callable[..., Any]) -> Callable[..., Any]:
 class Processes:
     """An executor without processes, which can start so many and no more. The killed are gone a moment later."""
 
-    def __init__(self, gone: Callable[[str, int, int, str], None], room: int) -> None:
+    def __init__(self, gone: Callable[[str, int, int, int, str], None], room: int) -> None:
         self.gone = gone
         self.room = room
-        self.living: list[tuple[str, int, int]] = []
+        self.living: list[tuple[str, int, int, int]] = []
         self.pids = 0
 
-    def spawn(self, spec: RankSpec, environment: dict[str, str]) -> SimpleNamespace:
+    def spawn(self, spec: RankSpec, environment: dict[str, str]) -> None:
         if len(self.living) == self.room:
             no_descriptors()
         self.pids += 1
-        self.living.append((spec.group, spec.rank, self.pids))
+        self.living.append((spec.group, spec.generation, spec.rank, self.pids))
         Path(spec.store.removeprefix("file://")).touch()
-        return SimpleNamespace(popen=SimpleNamespace(pid=self.pids))
 
     def kill(self, group: str) -> None:
         for process in [process for process in self.living if process[0] == group]:
@@ -127,7 +125,7 @@ def test_a_rank_that_cannot_be_started_leaves_no_descriptor_and_no_process(
         world = World()
         world.open()
         spec = rank_specs(world.started[0], Config(), tmp_path)[0]
-        executor = LocalExecutor(lambda *gone: None, lambda *heard: None)
+        executor = LocalExecutor(*[lambda *told: None] * 3)
         before = len(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as patch:
             patch.setattr("subprocess.Popen", Sleep)

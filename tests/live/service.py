@@ -56,7 +56,10 @@ class Service:
         return self.log.read_text()
 
     def ranks(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children()
+        return [child for child in psutil.Process(self.process.pid).children() if not is_nursery(child)]
+
+    def nursery(self) -> psutil.Process:
+        return next(child for child in psutil.Process(self.process.pid).children() if is_nursery(child))
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -87,6 +90,12 @@ def serving(folder: Path, environment: Mapping[str, str] | None = None, **settin
         except subprocess.TimeoutExpired:
             service.kill()
             raise
+
+
+def is_nursery(process: psutil.Process) -> bool:
+    """A rank that it forked has its command line, and a name of its own."""
+    name = process.name()
+    return name == "xditd-nursery" or (name != "xditd-rank" and "xditd.rank.nursery" in process.cmdline())
 
 
 def wait_for(condition: Callable[[], T], what: str, seconds: float = 60.0) -> T:

@@ -65,12 +65,17 @@ def runs_view(runs: Iterable[RunStatus]) -> RenderableType:
 def _head(report: StatusReport) -> Text:
     mark = {"serving": words.OK, "stopping": words.FAILED}.get(report.state, words.WARNING)
     facts = f" · up {words.duration(report.uptime)} · pid {report.pid} · epoch {report.epoch[:8]}"
+    slow: tuple[str, str] = ("", "")
+    if report.nursery is not None and report.nursery.state == "ended":
+        problem = report.nursery.problem
+        slow = (f"\n{words.WARNING} Ranks start slowly: the nursery ended. {problem}.", "yellow")
     return Text.assemble(
         f"{mark} ",
         (f"xditd {report.version}", "bold"),
         " is ",
         (report.state, STATE_STYLE.get(report.state, "bold")),
         (facts, "dim"),
+        slow,
     )
 
 

@@ -197,6 +197,8 @@ class Debug(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     echo: bool = False  # serve the family "echo": ranks that do no work
     rank_options: dict[str, str] = field(default_factory=dict)  # handed to every rank: fault injection
     rank_command: tuple[str, ...] = ()  # starts a rank of a test's own; () is python -m xditd.rank
+    # a nursery that is there already: the descriptor of its socket, and the pid of this child
+    nursery: tuple[int, ...] = ()
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -205,6 +207,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     endpoint: str = ""  # "ipc:///path" or "tcp://address:port"; "" is the user's or the system's own socket
     runtime_dir: FilePath = ""  # sockets, lock and rendezvous files; "" is beside the endpoint
     allow_insecure_tcp: bool = False  # a tcp endpoint has neither encryption nor authentication yet
+    nursery: bool = True  # a process that has imported what ranks import, and forks them: they start in less than a second
     devices: Devices = field(default_factory=Devices)
     models: Models = field(default_factory=Models)
     arena: Arena = field(default_factory=Arena)

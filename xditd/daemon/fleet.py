@@ -228,15 +228,11 @@ class Fleet:
 
     def rank_gone(self, group: Group, rank: int, how: str, now: float) -> None:
         """A rank process has ended. Unless it was told to, the group fails."""
-        group.ranks[rank].phase = "gone"
+        one = group.ranks[rank]
+        one.phase = "gone"
         if group.alive:
-            self.fail(
-                group,
-                Code.RANK_LOST,
-                f"Rank {rank} (pid {group.ranks[rank].pid}) {how}",
-                now,
-                group.ranks[rank].device,
-            )
+            who = f"Rank {rank} (pid {one.pid})" if one.pid else f"Rank {rank}"
+            self.fail(group, Code.RANK_LOST, f"{who} {how}", now, one.device)
         if group.all_gone and group.state in ("leaving", "failed"):
             group.go("ranks_gone")
             self._gone(group, now)

@@ -21,6 +21,7 @@ from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.executor import OWN, LocalExecutor
 from xditd.daemon.groups import Group
 from xditd.daemon.launch import environment, rank_specs, store
+from xditd.daemon.nursery import Nursery
 from xditd.daemon.wire import Wire
 from xditd.handoff.passing import pass_segment
 from xditd.protocol import codec
@@ -41,16 +42,20 @@ class Ranks:
         runtime: Path,
         config: Config,
         arena_of: Callable[[bytes], Arena | None],
+        nursery: Nursery | None = None,
     ) -> None:
         """
         Args:
             runtime: a folder of ours alone, for the ranks' socket and rendezvous files.
             arena_of: the shared memory of a client, by its identity.
+            nursery: where ranks are forked; closed with this.
         """
         self.runtime = runtime
         self.config = config
         self.arena_of = arena_of
-        self.executor = LocalExecutor(self._gone, self._heard, config.debug.rank_command or OWN)
+        self.executor = LocalExecutor(
+            self._born, self._gone, self._heard, config.debug.rank_command or OWN, nursery
+        )
         self._passed: dict[str, set[int]] = {}  # group → segments that its rank 0 has
         self._wire = Wire(context, f"ipc://{runtime}/ranks.sock", self._receive, SNDHWM=0, RCVHWM=0)
 
@@ -63,11 +68,11 @@ class Ranks:
         self.dispatcher.noticed(group)
         for spec in rank_specs(group, self.config, self.runtime):
             try:
-                group.ranks[spec.rank].pid = self.executor.spawn(spec, environment(spec)).popen.pid
+                self.executor.spawn(spec, environment(spec))
             except OSError as error:
                 # The dispatcher is in the middle of deciding: it hears of it when it is done.
                 problem = f"Rank {spec.rank} could not be started: {error.strerror or error}"
-                asyncio.get_running_loop().call_soon(self._not_started, group, problem)
+                asyncio.get_running_loop().call_soon(self._not_started, group, spec.rank, problem)
                 return
         log.info(
             "Starting %s on %s (%s).",
@@ -77,12 +82,11 @@ class Ranks:
             extra={"group": group.name, "generation": group.generation},
         )
 
-    def _not_started(self, group: Group, problem: str) -> None:
-        """Fails the group, which kills those of its ranks that did start; the others are gone already."""
+    def _not_started(self, group: Group, first: int, problem: str) -> None:
+        """Fails the group, which kills those of its ranks that did start; from the first that did not, they are gone."""
         self.dispatcher.fleet.fail(group, Code.LOAD_FAILED, problem, time.monotonic())
-        for rank in group.ranks:
-            if not rank.pid:
-                self._rank_gone(group, rank.rank, "was never started")
+        for rank in range(first, len(group.ranks)):
+            self._rank_gone(group, rank, "was never started")
 
     def order(
         self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()
@@ -142,9 +146,14 @@ class Ranks:
             return  # a late word of a dead generation
         self._report(group, int(rank), header, frames)
 
-    def _heard(self, name: str, rank: int, pid: int, header: bytes) -> None:
+    def _born(self, name: str, generation: int, rank: int, pid: int) -> None:
         group = self.dispatcher.fleet.groups.get(name)
-        if group is not None and group.ranks[rank].pid == pid:
+        if group is not None and group.generation == generation:
+            group.ranks[rank].pid = pid
+
+    def _heard(self, name: str, generation: int, rank: int, header: bytes) -> None:
+        group = self.dispatcher.fleet.groups.get(name)
+        if group is not None and group.generation == generation:
             self._report(group, rank, header, ())
 
     def _report(self, group: Group, rank: int, header: bytes, frames: Sequence[Any]) -> None:
@@ -172,9 +181,9 @@ class Ranks:
             self.executor.reap(group.name)
             self.dispatcher.rank_failed(group, report, now)
 
-    def _gone(self, name: str, rank: int, pid: int, how: str) -> None:
+    def _gone(self, name: str, generation: int, rank: int, pid: int, how: str) -> None:
         group = self.dispatcher.fleet.groups.get(name)
-        if group is None or group.ranks[rank].pid != pid:
+        if group is None or group.generation != generation:
             return
         if group.alive:
             log.error("Rank %d %s.", rank, how, extra={"group": name, "rank": rank, "pid": pid})

@@ -27,6 +27,7 @@ from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.gauges import Gauges
 from xditd.daemon.groups import Restarts
 from xditd.daemon.metrics import Metrics
+from xditd.daemon.nursery import Nursery
 from xditd.daemon.ranks import Ranks
 from xditd.daemon.requests import Requests
 from xditd.daemon.residency import Keep, Residency
@@ -80,7 +81,8 @@ class Server:
             noticed=self.sight.client,
             metrics=metrics,
         )
-        self.ranks = Ranks(self._context, runtime, config, self._arena_of)
+        self.nursery = Nursery()
+        self.ranks = Ranks(self._context, runtime, config, self._arena_of, self.nursery)
         memories = Memories(self.devices, config.devices.reserve_memory, config.devices.cpu_memory)
         limits = config.deadlines
         self.dispatcher = Dispatcher(
@@ -127,11 +129,20 @@ class Server:
         if self.sight.metrics is not None:
             self.sight.metrics.serve(lambda: self.report(0))
         await self.clients.start()
+        self._start_nursery()
         preloads = self.config.models.preload
         for number, preload in enumerate(preloads):
             self.requests.preload(OURSELVES, m.Load(id=number, model=preload.ref, plan=preload.plan))
         if not preloads:
             self._serve()
+
+    def _start_nursery(self) -> None:
+        """Before anybody asks for ranks, so that even the first are forked."""
+        debug = self.config.debug
+        if debug.nursery:
+            self.nursery.inherit(*debug.nursery)
+        elif self.config.nursery and not debug.rank_command:
+            self.nursery.start("cpu" if self.devices[0].name.startswith("cpu") else "cuda")
 
     def _preloaded(self, reply: Struct) -> None:
         """One more of the models to preload is ready, or will not be: after the last one the daemon is ready."""
@@ -190,6 +201,7 @@ class Server:
             self._look = now + 1.0
             self.clients.forget_quiet(self.dispatcher.runs.clients(), now)
             self.clients.watch_descriptors()
+            self.ranks.executor.reap_strays()
 
     def report(self, request: int) -> m.StatusReport:
         """What `xditctl status` shows."""
@@ -225,6 +237,7 @@ class Server:
             arena_limit=self.config.arena.total_bytes,
             clients=len(self.clients.sessions),
             preloads=tuple(self.preloads),
+            nursery=self.nursery.status(),
         )
 
     def _handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:

@@ -71,6 +71,15 @@ class MemoryStatus(Struct, frozen=True, kw_only=True):
     models: int  # bytes that the daemon counts for the models on it
 
 
+class NurseryStatus(Struct, frozen=True, kw_only=True):
+    """The process that ranks are forked from."""
+
+    state: str  # "off", "importing", "warm", "ended"
+    pid: int = 0  # 0: there was none
+    seconds: float | None = None  # that its imports took; None before it is warm
+    problem: str = ""  # why it has ended
+
+
 class PreloadStatus(Struct, frozen=True, kw_only=True):
     """A model that the configuration wants ready."""
 

@@ -13,7 +13,14 @@ from msgspec import Meta, Struct, field
 
 from xditd.protocol.codec import tags
 from xditd.protocol.explaining import Explain, Explained
-from xditd.protocol.figures import ArenaStatus, DeviceStatus, MemoryStatus, PreloadStatus, RankStatus
+from xditd.protocol.figures import (
+    ArenaStatus,
+    DeviceStatus,
+    MemoryStatus,
+    NurseryStatus,
+    PreloadStatus,
+    RankStatus,
+)
 from xditd.protocol.plans import (
     LoraMatch,
     Loras,
@@ -325,6 +332,7 @@ class StatusReport(Struct, frozen=True, kw_only=True, tag="status_report", tag_f
     arena_limit: int
     clients: int = 0  # connected
     preloads: tuple[PreloadStatus, ...] = ()  # models that the configuration wants ready
+    nursery: NurseryStatus | None = None
 
 
 class ModelList(Struct, frozen=True, kw_only=True, tag="model_list", tag_field="type"):

@@ -18,6 +18,13 @@ from xditd.rank.answers import Worker
 from xditd.rank.faults import Faults
 from xditd.rank.places import Places
 
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Variables that libraries read as they are imported, where nobody else has set them."""
+
 
 class Tell(Protocol):
     """Reports a phase: "importing", "joining", "loading"; of the last one how many bytes are in place, and of how many."""
@@ -219,9 +226,8 @@ def _prepare(spec: RankSpec) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: listen to nobody else
     if spec.threads:
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
     for name in LEFT_OUT:
         if name != "transformers" or role(spec.part) != "text_encoder":
             sys.modules[name] = None  # type: ignore[assignment]

@@ -1,4 +1,5 @@
-"""A rank process from its first breath to its exit code. Imports nothing slow: that comes when the daemon knows of it."""
+"""A rank process from its first breath to its exit code. Imports nothing slow: that comes when the daemon knows of it, or
+was done before, in the nursery."""
 
 from __future__ import annotations
 
@@ -25,15 +26,29 @@ LINGER = 2000
 LAST_WORDS = 5.0
 """Seconds that a rank which failed waits to be killed."""
 
+NAME = "xditd-rank"
+"""What `ps` and `top` call a rank, of at most 15 characters."""
+
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 
 
 def main() -> int:
     """Reads the spec from standard input and serves it."""
     begun = time.perf_counter()
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=RankSpec)
-    if not _die_with(spec.parent):
+    if not die_with(spec.parent):
         return 1
+    return live(spec, begun)
+
+
+def live(spec: RankSpec, begun: float) -> int:
+    """Serves a spec, and ends the process.
+
+    Args:
+        begun: `perf_counter` seconds when its life began.
+    """
+    go_by(NAME)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the daemon as well, which stops us
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -93,7 +108,12 @@ def _serve(spec: RankSpec, socket: zmq.Socket[bytes], begun: float) -> int:
     return Loop(socket, lane, spec, worker, faults).serve()
 
 
-def _die_with(parent: int) -> bool:
+def go_by(name: str) -> None:
+    """Has the kernel call this process so."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+def die_with(parent: int) -> bool:
     """Has the kernel kill this process with its parent, also when it is stuck in C. False: the parent is gone."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:

@@ -141,6 +141,14 @@ def enter(device: torch.device) -> None:
     _patch_attention(importlib.import_module("xfuser.model_executor.layers.usp"), device)
 
 
+def preload() -> None:
+    """Imports all that ranks on a CPU will, ahead of them."""
+    enter(torch.device("cpu"))
+    importlib.import_module("xfuser.config.config")
+    for module in (*WRAPPERS.values(), "register"):
+        importlib.import_module(f"{BARE[2]}.{module}")
+
+
 def join(
     *,
     device: torch.device,
@@ -236,6 +244,8 @@ def _start_runtime(ulysses: int, ring: int, groups: int, heads: int, attention: 
 
 def _patch_attention(usp: ModuleType, device: torch.device) -> None:
     patched: Any = usp
+    if patched._get_attention_function.__module__ == __name__:
+        return  # patched already
     groups = importlib.import_module("yunchang.globals")
     kernels = importlib.import_module("xfuser.core.distributed.attention_backend").AttentionBackendType
     stock: Callable[[Any], Attend] = patched._get_attention_function

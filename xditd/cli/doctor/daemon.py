@@ -12,6 +12,7 @@ from xditd.cli.commands import connect
 from xditd.cli.doctor.check import Check, failed, ok, warning
 from xditd.protocol import endpoints
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.figures import NurseryStatus
 from xditd.protocol.messages import ModelList, StatusReport
 
 
@@ -24,7 +25,10 @@ def daemon_checks(endpoint: str | None) -> Iterator[Check]:
     yield from (check for place in places for check in socket(place))
     try:
         with connect(endpoint, shared_memory=False, timeout=3.0) as client:
-            yield judge_status(client.status())
+            report = client.status()
+            yield judge_status(report)
+            if report.nursery is not None:
+                yield judge_nursery(report.nursery)
             yield judge_models(client.models())
     except XditError as error:
         if error.code is Code.DAEMON_NOT_FOUND:
@@ -87,6 +91,22 @@ def judge_status(report: StatusReport) -> Check:
     if report.state != "serving":
         return warning("daemon", found, "It takes no new runs in this state.")
     return ok("daemon", found)
+
+
+def judge_nursery(nursery: NurseryStatus) -> Check:
+    """How ranks start."""
+    if nursery.state == "ended":
+        return warning(
+            "start of ranks",
+            f"slow: the nursery ended. {nursery.problem}.",
+            "Restart the daemon when it may be.",
+        )
+    if nursery.state == "off":
+        return ok("start of ranks", "each imports by itself; the nursery is off")
+    if nursery.seconds is None:
+        return ok("start of ranks", f"forked by the nursery, pid {nursery.pid}, which still imports")
+    took = words.duration(nursery.seconds)
+    return ok("start of ranks", f"forked by the nursery, pid {nursery.pid}, whose imports took {took}")
 
 
 def judge_models(answer: ModelList) -> Check:

@@ -10,7 +10,7 @@ REDACTED = "<redacted>"
 
 PUBLIC = frozenset(
     {
-        "endpoint", "runtime_dir", "allow_insecure_tcp",
+        "endpoint", "runtime_dir", "allow_insecure_tcp", "nursery",
         "devices.kind", "devices.use", "devices.cpu_ranks", "devices.threads", "devices.reserve_memory",
         "devices.activation_memory", "devices.cpu_memory", "devices.weights",
         "models.comfyui", "models.extra_model_paths", "models.folders", "models.follow_symlinks", "models.preload",
@@ -23,7 +23,7 @@ PUBLIC = frozenset(
         "compute.compile", "compute.dtype", "compute.fallback",
         "log.level", "log.format",
         "metrics.port", "metrics.address",
-        "debug.echo",
+        "debug.echo", "debug.nursery",
     }
 )  # fmt: skip
 """Keys of the configuration whose values are shown, but for what looks secret in them."""

@@ -1,0 +1,121 @@
+"""Fifty ranks forked and killed: nothing of them is left with the daemon, whichever moment they are killed at."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from tests.daemon.world import World
+from xditd.daemon import nursery as nurseries
+from xditd.daemon.config import Config
+from xditd.daemon.executor import LocalExecutor
+from xditd.daemon.launch import environment, rank_specs
+from xditd.daemon.nursery import Nursery
+from xditd.protocol.orders import RankSpec
+
+STARTS = 50
+
+
+def spec_of(folder: Path) -> RankSpec:
+    """A rank of a model; its file is not there, but it lives for some seconds to say so."""
+    world = World()
+    world.open()
+    return msgspec.structs.replace(rank_specs(world.started[0], Config(), folder)[0], family="flux")
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Looks every millisecond."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+def test_fifty_starts_leave_no_descriptor_and_no_process(tmp_path: Path) -> None:
+    told: list[tuple[str, int]] = []
+    longest = [0.0]
+
+    async def story() -> None:
+        def born(*rank: object) -> None:
+            told.append(("born", rank[-1]))
+
+        def gone(*rank: object) -> None:
+            told.append((rank[-1], rank[-2]))
+
+        spec = spec_of(tmp_path)
+        nursery = Nursery()
+        nursery.start("cpu")
+        executor = LocalExecutor(born, gone, lambda *heard: None, nursery=nursery)
+        await until(lambda: nursery.state != "importing")
+        assert nursery.state == "warm", nursery.problem
+
+        before = len(os.listdir("/proc/self/fd"))
+        for number in range(STARTS):
+            told.clear()
+            begin = time.thread_time()
+            executor.spawn(spec, environment(spec))
+            longest[0] = max(longest[0], time.thread_time() - begin)
+            if number % 5 == 4:  # before it is born
+                executor.kill(spec.group)
+                await until(lambda: len(told) == 1)
+                assert told == [("was killed before it was born", 0)]
+                continue
+            await until(lambda: len(told) == 1)
+            ((_, pid),) = told
+            assert psutil.Process(pid).ppid() == os.getpid()
+            executor.kill(spec.group)
+            await until(lambda: len(told) == 2)
+            assert told[1] == ("was killed by SIGKILL", pid)
+        assert executor.processes == {}
+        assert len(os.listdir("/proc/self/fd")) == before
+
+        def left() -> list[psutil.Process]:
+            executor.reap_strays()
+            return [child for child in psutil.Process().children() if child.pid != nursery.child.pid]
+
+        await until(lambda: not left())  # those who were forked and not wanted any more
+        executor.close()
+        assert psutil.Process().children() == []
+        assert len(os.listdir("/proc/self/fd")) < before
+
+    asyncio.run(asyncio.wait_for(story(), 120))
+    print(
+        f"\n  {STARTS} starts, of which the longest took {longest[0] * 1e3:.1f} ms of the event loop's CPU time",
+        end="",
+    )
+    assert longest[0] < 0.02
+
+
+def test_a_nursery_that_does_not_answer_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nurseries, "IMPORTS", 0.05)
+    monkeypatch.setattr(nurseries, "BIRTH", 0.05)
+
+    async def story() -> None:
+        pids: list[int] = []
+        spec = spec_of(tmp_path)
+        nursery = Nursery()
+        nursery.start("cpu")
+        executor = LocalExecutor(
+            lambda *rank: pids.append(rank[-1]),
+            lambda *gone: None,
+            lambda *heard: None,
+            ("sleep", "60"),
+            nursery,
+        )
+        psutil.Process(nursery.child.pid).suspend()
+        executor.spawn(spec, environment(spec))
+        assert pids == []
+        await until(lambda: pids)
+        assert psutil.Process(pids[0]).cmdline() == ["sleep", "60"]
+        await until(lambda: nursery.state == "ended")
+        assert nursery.problem == "It did not fork a rank in time"
+        executor.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
