@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from tests.live.conftest import Serve
 from xditd.cli import comparison
 from xditd.cli.xditctl import main
+from xditd.protocol.messages import PlanRequest
 
 MODEL, VAE = "diffusion_models/flux.safetensors", "vae/ae.safetensors"
 
@@ -51,6 +52,22 @@ def test_plans_are_held_against_one_device(
         "what was not loaded is gone again, what was there has stayed"
     )
     assert not any(group.plan.pipefusion > 1 for group in groups)
+
+    with service.client() as client:
+        told = client.explain(MODEL, PlanRequest(devices=("0", "1")), (144, 176)).candidates
+    bases = {
+        (one.plan.ulysses, one.plan.ring, one.plan.tensor * one.plan.cfg * one.plan.pipefusion): (
+            one.basis,
+            one.seconds,
+        )
+        for one in told
+        if not one.plan.offload
+    }
+    (once, alone), (twice, shared), (other, estimated) = (
+        bases[ulysses, ring, 1] for ulysses, ring in ((1, 1), (2, 1), (1, 2))
+    )
+    assert (once, twice, other) == ("measured", "measured", "calibrated")
+    assert min(alone, shared, estimated) > 0
 
     monkeypatch.setitem(comparison.BOUNDS, "float32", 1e-12)
     arguments = [*line.split()[:-1], "--plan", "ulysses=2"]

@@ -16,13 +16,19 @@ from xditd.protocol.errors import XditError
 from xditd.protocol.explaining import Explained
 from xditd.protocol.messages import ModelRef, PlanRequest
 
+BASIS = {"measured": "green", "estimate": "dim"}
+
 STYLE = {"chosen": "green", "possible": "", "rejected": "dim"}
 
 
 @click.command()
 @click.argument("model", type=MODEL)
 @click.option("--gpus", metavar="0-3", help="The same as --devices.")
-@click.option("--size", type=PictureSize(), help="Of the picture, in pixels: tells the tokens of each rank.")
+@click.option(
+    "--size",
+    type=PictureSize(),
+    help="Of the picture, in pixels: tells the tokens of each rank, and the time of a step.",
+)
 @plan_options
 @click.option("--dtype", type=DTYPES, help="Compute dtype; default: the file's own.")
 @json_option
@@ -38,7 +44,9 @@ def plan(
 ) -> None:
     """Show which plan MODEL would have, and every other with the reason against it.
 
-    With the bytes of weights that each rank holds, and those that are set aside for activations.
+    With the bytes of weights that each rank holds, those that are set aside for activations, and, where --size is given, the
+    time of a step: measured under that plan by this daemon, calibrated by a step under another, or an estimate of the model of
+    costs in docs/scaling.md.
 
     Status 4 where the request would be refused.
 
@@ -60,9 +68,15 @@ def plan(
         click.get_current_context().exit(exits.status_of(XditError(answer.code, answer.message)))
 
 
+def _step(seconds: float | None) -> str:
+    if seconds is None or seconds >= 1:
+        return words.duration(seconds)
+    return f"{seconds * 1000:.3g} ms"
+
+
 def _show(answer: Explained, console: Console) -> None:
-    numbers = ("weights", "activations", "tokens")
-    table = columns("plan", "devices", "", *numbers, "why", right=numbers)
+    numbers = ("weights", "activations", "tokens", "a step")
+    table = columns("plan", "devices", "", *numbers, "", "why", right=numbers)
     for one in answer.candidates:
         table.add_row(
             words.degrees(one.plan),
@@ -71,6 +85,8 @@ def _show(answer: Explained, console: Console) -> None:
             words.size(one.weights),
             words.size(one.activations),
             str(one.tokens or words.UNKNOWN),
+            _step(one.seconds),
+            Text(one.basis, style=BASIS.get(one.basis, "")),
             Text(one.reason, style="" if one.verdict == "chosen" else "dim"),
         )
     console.print(table)

@@ -13,15 +13,13 @@ from typing import Any
 from msgspec import structs
 
 from xditd.daemon import planner
+from xditd.daemon.costs import PATCH, Estimate
 from xditd.daemon.residency import weights
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.explaining import Candidate
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
 from xditd.protocol.plans import DEGREES as ALL_DEGREES
 from xditd.protocol.plans import OFFLOADS
-
-PATCH = 2
-"""Latent pixels of a token's side, in every family that is split."""
 
 DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
 
@@ -46,6 +44,7 @@ def explain(
     margin: int,
     too_large: Callable[[Plan], str],
     size: tuple[int, int] = (0, 0),
+    time: Callable[[Plan], Estimate | None] = lambda plan: None,
 ) -> tuple[tuple[Candidate, ...], XditError | None]:
     """Every candidate over the devices of the request, the chosen one first; and what the request is refused with.
 
@@ -54,6 +53,7 @@ def explain(
         margin: bytes set aside for the activations of a rank.
         too_large: why a plan can never have room; "" where it can.
         size: width and height of the picture in pixels; zeros are not said.
+        time: what a step of that size takes under a plan, where that is known.
 
     Raises:
         XditError: `bad_device`.
@@ -70,6 +70,7 @@ def explain(
     found: list[Candidate] = []
 
     def add(plan: Plan, verdict: str, reason: str, code: str = "") -> None:
+        takes = time(plan) if verdict != "rejected" else None
         found.append(
             Candidate(
                 plan=plan,
@@ -80,6 +81,8 @@ def explain(
                 weights=weights(info, dtype, plan),
                 activations=margin,
                 tokens=_tokens(info, plan, size),
+                seconds=None if takes is None else takes.seconds,
+                basis="" if takes is None else takes.basis,
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xditd.daemon.runs import Key
 from xditd.daemon.scheduling import learn
+from xditd.protocol.plans import Plan
 
 Kind = tuple[str, str, str, int]
 """A model in a dtype on so many devices, whichever they are."""
@@ -30,6 +31,15 @@ class Experience:
     def turn_seconds(self, key: Key) -> float | None:
         """Of a turn, for one effort (`work.effort`)."""
         return self._turns.get(key)
+
+    def steps(self, path: str, part: str, dtype: str, effort: float) -> list[tuple[Plan, float]]:
+        """Of a model, every plan that turns were done under, and what one of so much effort would take."""
+        mine = (path, part, dtype)
+        return [
+            (key.plan, seconds * effort)
+            for key, seconds in self._turns.items()
+            if (key.path, key.part, key.dtype) == mine
+        ]
 
     def run_seconds(self, key: Key) -> float | None:
         return self._runs.get(_kind(key))

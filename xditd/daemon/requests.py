@@ -17,7 +17,7 @@ from msgspec import Struct
 from xditd.catalog import families
 from xditd.catalog.catalog import Catalog, Found, FoundLora
 from xditd.catalog.roots import ALIASES
-from xditd.daemon import choices, dtypes, planner
+from xditd.daemon import choices, costs, dtypes, planner
 from xditd.daemon.departures import Departure, Departures
 from xditd.daemon.devices import Device, Memories
 from xditd.daemon.dispatcher import Dispatcher
@@ -27,7 +27,7 @@ from xditd.daemon.ports import ClientPort
 from xditd.daemon.runs import Key, Run, Work
 from xditd.daemon.session import Session
 from xditd.daemon.sight import Sight
-from xditd.daemon.work import failed, spell
+from xditd.daemon.work import failed, spell, step_effort
 from xditd.protocol import messages as m
 from xditd.protocol.codec import MAX_HEADER
 from xditd.protocol.errors import Code, XditError
@@ -174,6 +174,9 @@ class Requests:
             info, asked=message.model.dtype, configured=self.dtype, is_cuda=self.devices[first].is_cuda
         )
         residency = self.dispatcher.fleet.residency
+        size = message.width, message.height
+        effort = step_effort(info.facts, size, costs.calls_of(info))
+        steps = self.dispatcher.placing.experience.steps(found.path, info.part, dtype, effort)
         candidates, refusal = choices.explain(
             message.plan,
             info,
@@ -181,7 +184,8 @@ class Requests:
             dtype,
             residency.margin,
             lambda plan: residency.too_large(found, Key(found.path, info.part, dtype, plan)),
-            (message.width, message.height),
+            size,
+            lambda plan: costs.estimate(info, plan, size, dtype, self.devices[plan.devices[0]].model, steps),
         )
         code, text = (spell(refusal.code), refusal.message) if refusal is not None else ("", "")
         answer = m.Explained(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import structs
@@ -105,6 +105,12 @@ def effort(work: Work) -> float:
     else:
         elements = 0  # a text
     return 1.0 + elements / PICTURE
+
+
+def step_effort(facts: Mapping[str, int], size: tuple[int, int], calls: int) -> float:
+    """The effort of a step of one picture of so many pixels, as `effort` counts that of its turn."""
+    scale = facts.get("scale", 8)
+    return 1.0 + calls * facts.get("latent_channels", 16) * size[0] * size[1] / scale**2 / PICTURE
 
 
 def batch_of(work: Work) -> int:

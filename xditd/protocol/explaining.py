@@ -33,6 +33,8 @@ class Candidate(Struct, frozen=True, kw_only=True, omit_defaults=True):
     weights: int = 0  # bytes of each rank
     activations: int = 0  # bytes of each rank that are set aside for them
     tokens: int = 0  # of the picture on each rank; 0 where no size was said
+    seconds: float | None = None  # of a step; None where nobody knows
+    basis: str = ""  # of the seconds: "measured", "calibrated" by another plan's, "estimate"
 
 
 class Explained(Struct, frozen=True, kw_only=True, tag="explained", tag_field="type"):

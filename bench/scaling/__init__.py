@@ -1,0 +1,1 @@
+"""The planner's model of costs against times that others have published."""

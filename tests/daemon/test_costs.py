@@ -1,0 +1,89 @@
+"""What a step takes: the arithmetic of real models, what is sent under each plan, and measured steps that correct it."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.scaling.published import FLUX, HUNYUAN, PIXART, SD3, degrees
+from tests.daemon.test_planner import VAE
+from xditd.daemon.costs import SPEEDS, call_of, estimate, speed_of, step
+from xditd.daemon.experience import Experience
+from xditd.daemon.runs import Key
+from xditd.protocol.plans import Plan
+
+SIZE = (1024, 1024)
+H100 = "NVIDIA H100 80GB HBM3"
+L40 = "NVIDIA L40"
+
+
+def plan(shape: str = "1", **more: str) -> Plan:
+    made = degrees(shape)
+    count = 1
+    for degree in made.values():
+        count *= degree
+    return Plan(devices=tuple(f"cuda:{i}" for i in range(count)), **made, **more)
+
+
+def seconds(model, shape: str, device: str = H100, size=SIZE) -> float:
+    return step(model, plan(shape), size, "bfloat16", speed_of(device))
+
+
+def test_the_arithmetic_of_flux_is_what_was_counted_on_a_gpu():
+    call = call_of(FLUX, SIZE)
+    assert (call.linear / 1e12, call.attention / 1e12) == pytest.approx((59.5, 14.9), rel=0.01)
+
+
+@pytest.mark.parametrize("model", [FLUX, SD3, PIXART, HUNYUAN], ids=lambda model: model.family)
+def test_more_pixels_take_longer_and_more_devices_less(model):
+    assert seconds(model, "1", size=(2048, 2048)) > 4 * seconds(model, "1") * 0.9
+    for shape in ("ulysses 2", "ring 2", "tensor 2"):
+        assert seconds(model, "1") / 2 < seconds(model, shape) < seconds(model, "1")
+
+
+def test_links_decide_between_plans_as_the_table_of_xdit_has_it():
+    assert seconds(FLUX, "ulysses 4", L40) < seconds(FLUX, "tensor 4", L40)
+    assert seconds(FLUX, "pipefusion 4", L40) < seconds(FLUX, "ulysses 4", L40)
+    slower = seconds(FLUX, "tensor 4", L40) / seconds(FLUX, "1", L40)
+    assert slower > seconds(FLUX, "tensor 4") / seconds(FLUX, "1"), "PCIe costs tensor more than NVLink does"
+
+
+def test_cfg_is_of_use_where_a_step_makes_two_calls():
+    assert seconds(SD3, "cfg 2") == pytest.approx(seconds(SD3, "1") / 2, rel=0.01)
+    assert seconds(FLUX, "cfg 2") >= seconds(FLUX, "1")
+
+
+def test_a_measured_step_is_told_as_it_was_and_corrects_the_others():
+    measured = [(plan(), 2 * seconds(FLUX, "1"))]
+    told = {
+        shape: estimate(FLUX, plan(shape), SIZE, "bfloat16", H100, measured) for shape in ("1", "ulysses 2")
+    }
+    assert (told["1"].basis, told["1"].seconds) == ("measured", measured[0][1])
+    assert told["ulysses 2"].basis == "calibrated"
+    assert told["ulysses 2"].seconds == pytest.approx(2 * seconds(FLUX, "ulysses 2"))
+    assert estimate(FLUX, plan("ulysses 2"), SIZE, "bfloat16", H100).basis == "estimate"
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "size"),
+    [(FLUX, "Voodoo 2", SIZE), (VAE, H100, SIZE), (FLUX, H100, (0, 0))],
+    ids=["device", "model", "size"],
+)
+def test_what_is_not_known_is_not_told(model, device, size):
+    assert estimate(model, plan(), size, "bfloat16", device) is None
+
+
+def test_weights_that_wait_in_the_hosts_memory_have_no_estimate():
+    assert estimate(FLUX, plan(offload="layerwise"), SIZE, "bfloat16", H100) is None
+
+
+def test_a_card_is_known_by_its_own_name_and_not_by_that_of_a_lesser_one():
+    assert speed_of("NVIDIA H100 PCIe") == SPEEDS["H100 PCIe"]
+    assert speed_of("NVIDIA H200") == SPEEDS["H200"] != SPEEDS["H20"]
+    assert speed_of("NVIDIA A100-SXM4-80GB") == SPEEDS["A100"]
+
+
+def test_a_models_steps_are_those_of_its_own_file_part_and_dtype():
+    experience = Experience()
+    experience.turn(Key("a", "transformer", "bfloat16", plan()), 3.0, effort=1.5)
+    experience.turn(Key("b", "transformer", "bfloat16", plan()), 9.0, effort=1.0)
+    assert experience.steps("a", "transformer", "bfloat16", effort=2.0) == [(plan(), 4.0)]
