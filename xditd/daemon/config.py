@@ -171,6 +171,8 @@ class Compute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dtype: Dtype = ""  # "" is the file's own on a GPU, float32 on a CPU
     # a plan that cannot be had: fewer devices do it, and everybody is told ("auto"), or it fails
     fallback: Literal["auto", "never"] = "auto"
+    # of transformers on GPUs; "" is the best that is installed for the GPU and the dtype
+    attention: Literal["", "flash_4", "flash_3", "cudnn", "flash", "efficient"] = ""
 
 
 class Log(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from xditd.daemon.ports import HOST, Memory
+from xditd.protocol import kernels
 from xditd.protocol.errors import Code, XditError
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,26 @@ def own(kind: str, use: Sequence[str], cpu_ranks: int) -> list[Device]:
                 "nvidia-ml-py is installed (pip install 'xditd[daemon]').",
             )
     return [Device(f"cpu:{index}", "CPU") for index in range(cpu_ranks)]
+
+
+def check_attention(kernel: str, devices: Sequence[Device]) -> None:
+    """Refuses a kernel that cannot be had on these devices; says in one line where a faster one is not installed.
+
+    Raises:
+        XditError: `bad_config`.
+    """
+    on_gpus = any(device.is_cuda for device in devices)
+    if kernel and not on_gpus:
+        raise XditError(
+            Code.BAD_CONFIG,
+            f"compute.attention asks for {kernel}, which runs on GPUs, but the daemon has CPU ranks; leave the key out.",
+        )
+    if problem := kernels.lacking(kernel):
+        raise XditError(Code.BAD_CONFIG, problem)
+    if on_gpus and not any(map(kernels.installed, kernels.PACKAGES)):
+        log.warning(
+            "⚠️ flash-attn is not installed: ranks take cuDNN's attention, or torch's (status shows which)."
+        )
 
 
 class Memories:

@@ -36,6 +36,7 @@ def rank_specs(group: Group, config: Config, runtime: Path) -> list[RankSpec]:
             dtype=group.key.dtype,
             threads=config.devices.threads_per_rank(os.cpu_count() or 1) if on_cpu else 0,
             compile=config.compute.compile,
+            attention=config.compute.attention,
             options=config.debug.rank_options,
         )
         for rank in group.ranks

@@ -67,6 +67,7 @@ class Server:
         self.started = time.monotonic()
         self._look = 0.0  # monotonic seconds of the next look at what needs no haste
         self.devices = hardware.own(config.devices.kind, config.devices.use, config.devices.cpu_ranks)
+        hardware.check_attention(config.compute.attention, self.devices)
         self.gauges = Gauges(self.devices)
         self._context: zmq.Context[Any] = zmq.Context()
         metrics = Metrics(config.metrics) if config.metrics.port else None

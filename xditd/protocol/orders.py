@@ -38,6 +38,7 @@ class RankSpec(Struct, frozen=True, kw_only=True):
     lane_fd: int = -1  # a shortcut for orders without frames (`handoff.lane`); without it they come by ZeroMQ
     threads: int = 0  # of a CPU rank; 0 leaves torch's choice
     compile: bool = False  # regional torch.compile
+    attention: str = ""  # a transformer's kernel (`protocol.kernels`); "" is the best that there is
     options: dict[str, str] = field(default_factory=dict)  # of tests and benchmarks
 
 

@@ -1,14 +1,20 @@
 """Which attention kernel a device and a dtype get. A table; it knows no model and imports neither xfuser nor diffusers.
 
-Ring attention merges partial results by their log-sum-exp, so under xfuser a kernel must return it. cuDNN's is the
-fastest on Ampere and later (notes: 184 against 198 ms a step of FLUX.1 on one H200), for 16-bit dtypes only.
+Ring attention merges partial results by their log-sum-exp, so under xfuser a kernel must return it: all of these do. cuDNN's is
+the fastest of torch's own on Ampere and later (notes: 184 against 198 ms a step of FLUX.1 on one H200), for 16-bit dtypes only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.kernels import KERNELS, installed
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,18 +23,28 @@ class Attention:
 
     Attributes:
         name: what status shows.
-        diffusers: diffusers' name of it, for a model in one process.
+        diffusers: diffusers' name of it, for a model in one process; "" where it has none that needs no hub.
         xfuser: xfuser's name of it, for a model in a world.
+        since, before: compute capabilities of the GPUs that it is for: from, and below.
+        half: for 16-bit dtypes only.
     """
 
     name: str
     diffusers: str
     xfuser: str
+    since: tuple[int, int] = (0, 0)
+    before: tuple[int, int] = (99, 0)
+    half: bool = True
 
 
-CPU = Attention("flash_cpu", "native", "SDPA_FLASH")
-CUDNN = Attention("cudnn", "_native_cudnn", "CUDNN")
-EFFICIENT = Attention("efficient", "native", "SDPA_EFFICIENT")
+CPU = Attention("flash_cpu", "native", "SDPA_FLASH", half=False)
+FLASH_4 = Attention("flash_4", "", "FLASH_4", since=(9, 0), before=(12, 0))
+FLASH_3 = Attention("flash_3", "_flash_3", "FLASH_3", since=(9, 0), before=(10, 0))
+CUDNN = Attention("cudnn", "_native_cudnn", "CUDNN", since=(8, 0))
+FLASH = Attention("flash", "flash", "FLASH", since=(8, 0))
+EFFICIENT = Attention("efficient", "native", "SDPA_EFFICIENT", half=False)
+
+TABLE = {kernel.name: kernel for kernel in (FLASH_4, FLASH_3, CUDNN, FLASH, EFFICIENT)}
 
 TORCHS = "sdpa"
 """The name of what torch chooses itself, call by call."""
@@ -40,10 +56,73 @@ def obeyed(backbone: torch.nn.Module) -> bool:
     return any(hasattr(processor, "_attention_backend") for processor in processors)
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> Attention:
-    """The kernel for a device and a compute dtype."""
+def heeded(kernel: Attention, backbone: torch.nn.Module, wanted: str) -> str:
+    """The name of what a module of diffusers computes with that was told a kernel.
+
+    Raises:
+        XditError: `load_failed` where that one was wanted, and the module asks torch.
+    """
+    if obeyed(backbone):
+        return kernel.name
+    if wanted:
+        raise _refused(wanted, f"a {type(backbone).__name__} of diffusers leaves to torch in one process")
+    return TORCHS
+
+
+def choose(device: torch.device, dtype: torch.dtype, wanted: str = "", in_world: bool = False) -> Attention:
+    """The kernel for a device and a compute dtype: the best that there is, or the one that is wanted.
+
+    Args:
+        wanted: one of `KERNELS`; "" leaves the choice.
+        in_world: xfuser computes, and not diffusers.
+
+    Raises:
+        XditError: `load_failed` where the wanted one cannot be had.
+    """
     if device.type == "cpu":
+        if wanted:
+            raise _refused(wanted, "runs on GPUs, but this rank computes on the CPU")
         return CPU
-    if dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) >= (8, 0):
-        return CUDNN
-    return EFFICIENT
+    return pick(torch.cuda.get_device_capability(device), dtype, wanted, in_world, installed)
+
+
+def pick(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    wanted: str,
+    in_world: bool,
+    there: Callable[[str], bool],
+) -> Attention:
+    """As `choose`, for a GPU of this compute capability. Pure.
+
+    Args:
+        there: whether a kernel's package is installed.
+    """
+    for name in [wanted] if wanted else KERNELS:
+        kernel = TABLE[name]
+        problem = _unfit(kernel, capability, dtype, in_world)
+        if not problem and not there(name):
+            problem = "is not installed"
+        if not problem:
+            return kernel
+        if wanted:
+            raise _refused(wanted, problem)
+    raise AssertionError("efficient is for every GPU")
+
+
+def _unfit(kernel: Attention, capability: tuple[int, int], dtype: torch.dtype, in_world: bool) -> str:
+    """Why it cannot compute this; "" where it can."""
+    if not kernel.since <= capability < kernel.before:
+        return f"is not for GPUs of compute capability {capability[0]}.{capability[1]}"
+    if kernel.half and dtype not in HALF:
+        return f"computes in bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
+    if not in_world and not kernel.diffusers:
+        return "is for several ranks that share a sequence (ulysses, ring): in one process diffusers has it from a hub alone"
+    return ""
+
+
+def _refused(wanted: str, problem: str) -> XditError:
+    return XditError(
+        Code.LOAD_FAILED,
+        f"compute.attention asks for {wanted}, which {problem}; leave the key out, and the best that there is will be taken.",
+    )

@@ -73,8 +73,8 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     from xditd.rank.transfer import DTYPES, Transfer
 
     device, dtype = Device(spec.device), DTYPES[spec.dtype]
-    kernel = attention.choose(device.torch, dtype)
     plan = spec.plan
+    kernel = attention.choose(device.torch, dtype, spec.attention, in_world=plan.ulysses * plan.ring > 1)
     divided = plan.ulysses * plan.ring * plan.tensor * plan.pipefusion > 1
     if spec.compile and (divided or plan.offload):
         print(
@@ -120,8 +120,7 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         network.call = SequenceParallel(run, network.tokens, world, device.torch)
     else:
         network.backbone.set_attention_backend(kernel.diffusers)
-        if not attention.obeyed(network.backbone):
-            name = attention.TORCHS
+        name = attention.heeded(kernel, network.backbone, spec.attention)
         if spec.compile and device.is_cuda and not (divided or plan.offload):
             # By block, so that 57 of them cost two; dynamic, so that a new size costs a fifth of a second.
             network.backbone.compile_repeated_blocks(fullgraph=True, dynamic=True)
@@ -141,7 +140,7 @@ def _load_stage(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
     from xditd.rank.transfer import DTYPES, Transfer
 
     device, dtype = Device(spec.device), DTYPES[spec.dtype]
-    kernel = attention.choose(device.torch, dtype)
+    kernel = attention.choose(device.torch, dtype, spec.attention)
     _meet(spec, device.is_cuda, tell)
     links = Links(spec.plan.pipefusion, spec.rank, spec.world, device.torch)
     tell("loading")
@@ -159,7 +158,7 @@ def _load_stage(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
     )
     stages = in_stages(spec.family, network)
     network.backbone.set_attention_backend(kernel.diffusers)
-    name = kernel.name if attention.obeyed(network.backbone) else attention.TORCHS
+    name = attention.heeded(kernel, network.backbone, spec.attention)
     transfer = Transfer(device.torch, spec.rank, spec.world, places)
     return PipeFusion(network, stages, links, transfer, device, name)
 
