@@ -27,7 +27,8 @@ def serving(module: str = "xditd.daemon", /, **settings: object) -> Iterator[str
     """
     with tempfile.TemporaryDirectory(prefix="xditd-bench-") as folder:
         endpoint = f"ipc://{folder}/xditd.sock"
-        keys = {"endpoint": endpoint, "log.level": "warning"} | {
+        # Without a nursery, whose imports would take a core beside the first that is measured.
+        keys = {"endpoint": endpoint, "log.level": "warning", "nursery": False} | {
             name.replace("__", "."): value for name, value in settings.items()
         }
         command = [sys.executable, "-m", module]

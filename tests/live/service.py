@@ -14,13 +14,17 @@ from typing import Any, TypeVar
 
 import psutil
 
+from tests.warm import Forked, warmth
 from xditd.client import Client
 
 T = TypeVar("T")
 
+OWN_WAY = frozenset({"nursery", "debug.rank_command"})
+"""Settings that say how ranks start. Without them a daemon has a nursery that is warm from the start (`tests.warm`)."""
+
 
 class Service:
-    """`python -m xditd.daemon` with a folder of its own.
+    """`python -m xditd.daemon` with a folder of its own, and imports that all tests share.
 
     Args:
         folder: for its socket, log and runtime files.
@@ -37,12 +41,14 @@ class Service:
         arguments = [f"--set={key}={_toml(value)}" for key, value in settings.items()]
         with self.log.open("ab") as log:
             before = log.tell()
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "xditd.daemon", f"--set=endpoint={self.endpoint}", *arguments],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "NOTIFY_SOCKET": "", **(environment or {})},
-            )
+            arguments.insert(0, f"--set=endpoint={self.endpoint}")
+            variables = {**os.environ, "NOTIFY_SOCKET": "", **(environment or {})}
+            self.process: Forked | subprocess.Popen[bytes]
+            if settings.get("devices.kind") == "cpu" and not OWN_WAY.intersection(settings):
+                self.process = warmth().daemon(arguments, log.fileno(), variables)
+            else:
+                command = [sys.executable, "-m", "xditd.daemon", *arguments]
+                self.process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
         wait_for(
             lambda: "Serving on" in self.said()[before:] or self.process.poll() is not None,
             "the daemon to serve",

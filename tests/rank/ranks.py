@@ -16,6 +16,7 @@ import msgspec
 import torch
 import zmq
 
+from tests.warm import Forked, warmth
 from xditd.handoff import passing, segments
 from xditd.models.families import load
 from xditd.models.reading import held
@@ -79,7 +80,9 @@ class Ranks:
         self.processes = [self._start(spec, theirs) for spec in specs]
         theirs.close()
 
-    def _start(self, spec: orders.RankSpec, arena: socket.socket) -> subprocess.Popen[bytes]:
+    def _start(self, spec: orders.RankSpec, arena: socket.socket) -> subprocess.Popen[bytes] | Forked:
+        if spec.device.startswith("cpu"):
+            return warmth().rank(spec, self.log.fileno(), arena.fileno() if spec.rank == 0 else -1)
         fds = (arena.fileno(),) if spec.rank == 0 else ()
         spec = msgspec.structs.replace(spec, arena_fd=fds[0] if fds else -1)
         process = subprocess.Popen(
