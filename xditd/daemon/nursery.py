@@ -2,7 +2,7 @@
 
 It saves ranks their imports and nothing depends on it. While it imports, ranks that are asked for wait for it: it is ahead
 of whoever would begin now. When it has ended, or does not answer, ranks are started as programs of their own. A rank
-that it forked is the daemon's own child, see docs/decisions/0014-a-nursery-forks-the-ranks.md.
+that it forked is the daemon's own child, see docs/decisions/0015-a-nursery-forks-the-ranks.md.
 """
 
 from __future__ import annotations
