@@ -1,0 +1,1 @@
+"""Two ranks of a CPU against one, under every strategy."""
