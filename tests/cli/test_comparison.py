@@ -18,8 +18,15 @@ def test_every_strategy_is_a_candidate_alone_and_in_pairs():
         return [comparison.spelled(one) for one in comparison.candidates(devices)]
 
     assert plans("0") == []
-    assert plans("0", "1") == ["ulysses 2", "ring 2", "tensor 2", "pipefusion 2", "cfg 2"]
-    assert plans("0", "1", "2") == ["ulysses 3", "ring 3", "tensor 3", "pipefusion 3"]
+    assert plans("0", "1") == [
+        "ulysses 2",
+        "ring 2",
+        "tensor 2",
+        "pipefusion 2",
+        "ulysses 2, sharded",
+        "cfg 2",
+    ]
+    assert plans("0", "1", "2") == ["ulysses 3", "ring 3", "tensor 3", "pipefusion 3", "ulysses 3, sharded"]
     four = plans("0", "1", "2", "3")
     assert {"cfg 2 × ulysses 2", "ulysses 2 × ring 2", "cfg 2 × tensor 2", "cfg 2 × pipefusion 2"} < set(four)
     assert all(one.fallback == "never" for one in comparison.candidates(("0", "1"))), (
@@ -31,6 +38,9 @@ def test_a_plan_is_written_as_its_degrees_or_its_strategy():
     two = comparison.parsed("ulysses=2,ring=2", ("0", "1", "2", "3", "4"))
     assert (two.ulysses, two.ring, two.devices) == (2, 2, ("0", "1", "2", "3"))
     assert comparison.parsed("Tensor", ("0", "1")).strategy == "Tensor"
+    shared, offloaded = (comparison.parsed(t, ("0", "1")) for t in ("ulysses=2,shard", "offload=layerwise"))
+    assert (shared.ulysses, shared.shard, comparison.spelled(shared)) == (2, True, "ulysses 2, sharded")
+    assert (offloaded.devices, comparison.spelled(offloaded)) == (("0",), "one device, layerwise offload")
     for text, words in (("ulises=2", "no degree"), ("ring=x", "no degree"), ("ring=4", "needs 4 devices")):
         with pytest.raises(XditError, match=words):
             comparison.parsed(text, ("0", "1"))

@@ -25,10 +25,10 @@ def candidates(request: m.PlanRequest, info=None, size=(0, 0), too_large=lambda 
     return explain(request, info, GPUS, "bfloat16", MARGIN, too_large, size)
 
 
-def only(found: tuple[Candidate, ...], offload: str = "", **degrees: int) -> Candidate:
+def only(found: tuple[Candidate, ...], offload: str = "", shard: bool = False, **degrees: int) -> Candidate:
     names = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
     alike = [c for c in found if all(getattr(c.plan, name) == degrees.get(name, 1) for name in names)]
-    (one,) = [c for c in alike if c.plan.offload == offload]
+    (one,) = [c for c in alike if (c.plan.offload, c.plan.shard) == (offload, shard)]
     return one
 
 
@@ -102,6 +102,9 @@ def test_a_plan_with_offload_is_named_with_what_it_has_on_a_device():
     assert only(found, "model").weights == 2 * info.parameters
     # Flux.1 dev: a double block has 339.8 million parameters, what is in no block 64.2 million.
     assert only(found, "layerwise").weights == pytest.approx(2 * (2 * 339.8e6 + 64.2e6), rel=1e-3)
+    shared = only(found, shard=True, ulysses=4)
+    assert shared.verdict == "possible"
+    assert shared.weights == pytest.approx(2 * (64.2e6 + (11.9e9 - 64.2e6) / 4 + 2 * 339.8e6), rel=1e-3)
     found, refusal = candidates(m.PlanRequest(devices=("0",), offload="layerwise"), info)
     assert refusal is None
     assert (found[0].verdict, found[0].plan.offload) == ("chosen", "layerwise")

@@ -47,6 +47,10 @@ def below(**asked: object) -> list[str]:
             {"strategy": "PipeFusion", "devices": ("0-3",)},
             ["pipefusion 2 on cuda:0, cuda:1", "The plan on cuda:0", *OFFLOADED],
         ),
+        (
+            {"ulysses": 4, "shard": True},
+            ["ulysses 2 on cuda:0, cuda:1 with sharded weights", "The plan on cuda:0", *OFFLOADED],
+        ),
         ({"ring": 3, "devices": ("0-2",)}, ["The plan on cuda:0", *OFFLOADED]),
         ({"devices": ("0",)}, OFFLOADED),
         ({"devices": ("0",), "offload": "model"}, OFFLOADED[1:]),

@@ -259,3 +259,26 @@ def test_replicas_that_do_not_come_out_even_are_refused_with_what_would(request_
         replicas(request_, flux(), GPUS)
     for word in words:
         assert word in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "why"),
+    [
+        ({"devices": ("0",)}, "bad_plan", "name more devices, or use offload"),
+        ({"strategy": "Tensor", "devices": ("0-1",)}, "bad_plan", "of no use with tensor 2"),
+        ({"strategy": "PipeFusion", "devices": ("0-1",)}, "bad_plan", "of no use with pipefusion 2"),
+        ({"ulysses": 2, "offload": "layerwise"}, "not_built", "either alone is"),
+    ],
+    ids=str,
+)
+def test_weights_are_sharded_where_that_makes_sense_and_else_refused(asked, code, why):
+    with pytest.raises(XditError, match=why) as refused:
+        plan(m.PlanRequest(shard=True, **asked), flux(), GPUS)
+    assert refused.value.code == code
+
+
+def test_sharding_goes_with_ulysses_ring_and_cfg_and_says_so():
+    for asked in ({"ulysses": 2}, {"ring": 2}, {"cfg": 2, "ulysses": 2}):
+        made = plan(m.PlanRequest(shard=True, **asked), flux(), GPUS)
+        assert made.shard
+        assert "gathers a layer" in made.reason

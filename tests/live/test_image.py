@@ -55,12 +55,13 @@ def noise(height: int, width: int) -> torch.Tensor:
     [
         (PlanRequest(ulysses=2), 77, (18, 22)),
         pytest.param(PlanRequest(ring=2), 15, (21, 13), marks=pytest.mark.soak),
+        pytest.param(PlanRequest(ulysses=2, shard=True), 15, (21, 13), marks=pytest.mark.soak),
         pytest.param(PlanRequest(ulysses=2, ring=2), 15, (21, 13), marks=pytest.mark.soak),
         pytest.param(
             PlanRequest(strategy="Tensor", devices=("0", "1")), 15, (21, 13), marks=pytest.mark.soak
         ),
     ],
-    ids=["ulysses2", "ring2", "ulysses2×ring2", "tensor2"],
+    ids=["ulysses2", "ring2", "ulysses2-sharded", "ulysses2×ring2", "tensor2"],
 )
 def test_several_ranks_give_the_picture_of_one_process(service, reference, plan, text, size, capsys):
     conditioning, start = given(text), noise(*size)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 
 from xditd.models.making import flux_facts
 from xditd.models.making_transformers import hunyuandit_facts, pixart_facts, sd3_facts
+from xditd.models.reading import local
 from xditd.models.splits import Cut, Splits
+from xditd.rank.sharding import WeightSharding
 from xditd.rank.tensor import TensorParallel
 
 LARGE = {
@@ -41,7 +43,7 @@ def on_meta(name: str, facts: Mapping[str, int]) -> tuple[torch.nn.Module, Split
 
 
 def size(module: torch.nn.Module) -> int:
-    return sum(value.numel() for value in module.state_dict().values())
+    return sum(local(value).numel() for value in module.state_dict().values())
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -84,3 +86,30 @@ def test_a_share_of_one_span_is_a_view_and_costs_no_memory() -> None:
 def test_what_does_not_come_out_even_is_refused() -> None:
     with pytest.raises(ValueError, match="evenly by 3"):
         Cut.share(0, 8, 0, 3)
+
+
+@pytest.fixture
+def two() -> Iterator[None]:
+    """A world of two ranks, of which this process is the first and the second is not there: nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "sd3.5_medium" else [pytest.mark.soak]) for name in LARGE]
+)
+def test_two_ranks_that_shard_a_real_model_hold_about_half_of_it_each(
+    name: str, two: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = size(on_meta(name, LARGE[name])[0])
+    network, splits = on_meta(name, LARGE[name])
+    sharding = WeightSharding.join(2, 0, 2, torch.device("cpu"))
+    cuts = sharding.divide(network, splits)
+    assert set(cuts) == set(sharding.names)
+    share = size(network) / whole
+    with capsys.disabled():
+        print(f"\n  {name}, {whole / 1e9:.2f} billion, sharded: {share:.1%} on each of two ranks", end="")
+    assert share < 0.55

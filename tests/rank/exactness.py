@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -27,13 +28,18 @@ BEGIN, END = "<!-- families: made by tests.rank.exactness -->", "<!-- /families 
 BOUND = 1e-5
 TEXTS = (15, 77)
 
-PLANS: dict[str, dict[str, int]] = {
+PLANS: dict[str, dict[str, Any]] = {
     "one device": {},
     "ulysses 2": {"ulysses": 2},
     "ring 2": {"ring": 2},
     "tensor 2": {"tensor": 2},
     "cfg 2": {"cfg": 2},
+    "ulysses 2, sharded": {"ulysses": 2, "plan": {"shard": True}},
+    "layerwise offload": {"plan": {"offload": "layerwise"}},
 }
+
+ALONE = ("one device", "layerwise offload")
+"""Plans of one device. The first is for families that are not split: the others have it in all columns."""
 
 Figures = dict[tuple[str, str, tuple[int, int]], float]
 """By case, plan and size: the worst of the texts."""
@@ -48,8 +54,8 @@ def main(write: bool, only: str) -> None:
     begin, figures = time.monotonic(), {}
     for name, case in CASES.items():
         if name.startswith(only):
-            for plan, degrees in PLANS.items():
-                if bool(degrees) == case.parallel:
+            for plan in PLANS:
+                if plan in ALONE[1:] or (plan in ALONE) != case.parallel:
                     with tempfile.TemporaryDirectory() as folder:
                         figures |= compare(Path(folder), name, case, plan)
     text = table(figures)

@@ -81,6 +81,15 @@ def test_two_gpus_compute_what_one_process_does(
     assert largest < bound
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a world needs a GPU for each rank")
+@pytest.mark.parametrize("plan", [{"shard": True}, {"offload": "layerwise"}], ids=str)
+def test_two_gpus_that_hold_less_compute_what_one_process_does(
+    tmp_path: Path, plan: dict[str, object]
+) -> None:
+    largest, _ = compare(tmp_path, "float32", ulysses=2, plan=plan)
+    assert largest < 1e-3
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_a_kernel_can_be_merged_in_a_ring(dtype: torch.dtype, bound: float) -> None:
     """Three blocks of unequal length, merged as torch's ring attention merges them, against one attention."""

@@ -30,13 +30,17 @@ TOLERANCE = 1e-5
 
 PLANS = {
     "ulysses2-layerwise": ({"ulysses": 2}, {"offload": "layerwise"}),
+    "ulysses2-shard": ({"ulysses": 2}, {"shard": True}),
+    "ring2-shard": ({"ring": 2}, {"shard": True}),
+    "cfg2-ulysses2-shard": ({"cfg": 2, "ulysses": 2}, {"shard": True}),
+    "ring3-shard": ({"ring": 3}, {"shard": True}),
     "ring2-model": ({"ring": 2}, {"offload": "model"}),
     "tensor2-layerwise": ({"tensor": 2}, {"offload": "layerwise"}),
     "cfg2-layerwise": ({"cfg": 2}, {"offload": "layerwise"}),
     "pipefusion2-layerwise": ({"pipefusion": 2}, {"offload": "layerwise"}),
     "pipefusion2-model": ({"pipefusion": 2}, {"offload": "model"}),
 }
-QUICK = ("ulysses2-layerwise",)
+QUICK = ("ulysses2-layerwise", "ulysses2-shard")
 
 
 @dataclass
@@ -44,6 +48,7 @@ class World:
     """Running ranks under a plan, and the same network whole in this process."""
 
     name: str
+    sharing: int  # ranks that split a sequence
     ranks: Ranks
     ready: list[orders.RankReady]
     network: Any
@@ -61,7 +66,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     lora = make_lora(folder / "lora.safetensors", "flux", flux_facts(**FLUX))
     with running(folder, path=path, **degrees, plan=plan, wait=False) as ranks:
         network = load("flux", path, "transformer", CPU, torch.float32)
-        yield World(request.param, ranks, ranks.ready(), network, lora)
+        sharing = degrees.get("ulysses", 1) * degrees.get("ring", 1)
+        yield World(request.param, sharing, ranks, ranks.ready(), network, lora)
 
 
 def given(text: int, batch: int) -> dict[str, torch.Tensor]:
@@ -116,6 +122,8 @@ def test_a_rank_tells_what_it_has_on_its_device(world: World, capsys: pytest.Cap
     shares = [(report.weights / whole, report.host_weights / whole) for report in world.ready]
     with capsys.disabled():
         print("\n  " + ", ".join(f"{here:.0%} on a device, {host:.0%} in the host" for here, host in shares))
+    if "shard" in world.name:
+        assert max(here for here, _ in shares) < 1 / world.sharing + 0.05
     if "layerwise" in world.name:
         assert max(here for here, _ in shares) < 0.5
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -81,9 +81,10 @@ def named(text: str) -> tuple[str, ...]:
 def candidates(devices: tuple[str, ...]) -> list[PlanRequest]:
     """Every strategy over these devices, alone and, where they are even in number, in pairs."""
     count = len(devices)
-    shapes: list[dict[str, int]] = []
+    shapes: list[dict[str, Any]] = []
     if count > 1:
         shapes += [{name: count} for name in ("ulysses", "ring", "tensor", "pipefusion")]
+        shapes.append({"ulysses": count, "shard": True})
     if count % 2 == 0:
         shapes.append({"cfg": 2} if count == 2 else {"cfg": 2, "ulysses": count // 2})
     if count % 2 == 0 and count > 2:
@@ -94,30 +95,38 @@ def candidates(devices: tuple[str, ...]) -> list[PlanRequest]:
 
 
 def parsed(text: str, devices: tuple[str, ...]) -> PlanRequest:
-    """ "ulysses=2,ring=2", or a strategy's name, over the first of these devices that it needs.
+    """ "ulysses=2,ring=2", also with "shard" or "offload=layerwise", or a strategy's name, over the first of these devices
+    that it needs.
 
     Raises:
         XditError: `bad_plan`.
     """
+    words_of = [part.strip() for part in text.split(",")]
+    offload = next((part.partition("=")[2] for part in words_of if part.startswith("offload=")), "")
+    kept = [part for part in words_of if part != "shard" and not part.startswith("offload=")]
     if "=" not in text:
         return PlanRequest(strategy=text, devices=devices, fallback="never")
     degrees: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, degree = part.strip().partition("=")
+    for part in kept:
+        name, _, degree = part.partition("=")
         if name not in DEGREES or not degree.isdecimal() or int(degree) < 1:
             raise XditError(
                 Code.BAD_PLAN,
-                f"{part.strip()!r} is no degree: write {', '.join(DEGREES)} with a number, as in ulysses=2.",
+                f"{part!r} is no degree: write {', '.join(DEGREES)} with a number, as in ulysses=2, or shard, or offload=layerwise.",
             )
         degrees[name] = int(degree)
     needed = math.prod(degrees.values())
     if needed > len(devices):
         raise XditError(Code.BAD_PLAN, f"{text} needs {needed} devices, and there are {len(devices)}.")
-    return structs.replace(PlanRequest(devices=devices[:needed], fallback="never"), **degrees)
+    request = PlanRequest(
+        devices=devices[:needed], offload=offload, shard="shard" in words_of, fallback="never"
+    )
+    return structs.replace(request, **degrees)
 
 
 def spelled(request: PlanRequest) -> str:
-    return words.spelled(request) or (request.strategy if len(request.devices) != 1 else "one device")
+    name = words.spelled(request) or (request.strategy if len(request.devices) != 1 else "one device")
+    return name + words.moved(request)
 
 
 def one_device(devices: tuple[str, ...]) -> PlanRequest:

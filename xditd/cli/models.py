@@ -38,7 +38,7 @@ DEGREE_HELP = {
 
 
 def plan_options(command: F) -> F:
-    """--strategy, the degrees, --devices, --offload, --fallback: the command gets a PlanRequest of them as `asked`. What is left out
+    """--strategy, the degrees, --devices, --offload, --shard, --fallback: the command gets a PlanRequest of them as `asked`. What is left out
     is the planner's choice."""
 
     @functools.wraps(command)
@@ -48,6 +48,7 @@ def plan_options(command: F) -> F:
         cfg_degree: int,
         fallback: str | None,
         offload: str | None,
+        shard: bool,
         **others: Any,
     ) -> Any:
         chosen = {name: others.pop(name) for name in ("strategy", *DEGREE_HELP)}
@@ -56,6 +57,7 @@ def plan_options(command: F) -> F:
             devices=names(devices),
             fallback=fallback or "",
             offload=offload or "",
+            shard=shard,
             **chosen,
         )
         return command(*arguments, asked=plan, **others)
@@ -66,6 +68,11 @@ def plan_options(command: F) -> F:
             "--fallback",
             type=click.Choice(("auto", "never")),
             help="Of a plan that cannot be had: with fewer devices, or not at all; default: as the daemon is configured.",
+        ),
+        click.option(
+            "--shard",
+            is_flag=True,
+            help="With ulysses and ring: each device holds a share of the weights, and gathers a layer before it runs.",
         ),
         click.option(
             "--offload",

@@ -84,6 +84,7 @@ def verify(
     Examples:
       xditctl verify diffusion_models/flux1-dev.safetensors --vae vae/ae.safetensors
       xditctl verify diffusion_models/flux1-dev.safetensors --plan ulysses=2 --plan pipefusion=2 --warmup 2
+      xditctl verify diffusion_models/flux1-dev.safetensors --plan ulysses=2,shard --plan offload=layerwise
     """
     model = msgspec.structs.replace(model, dtype=dtype or "")
     with connect(endpoint) as client:

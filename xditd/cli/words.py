@@ -72,8 +72,14 @@ def joined(names: Sequence[str]) -> str:
 
 
 def degrees(plan: Plan) -> str:
-    """The degrees above 1: "ulysses 2 × ring 2"; "1 device" where there are none. With how it offloads."""
-    return (spelled(plan) or "1 device") + (f", {plan.offload} offload" if plan.offload else "")
+    """The degrees above 1: "ulysses 2 × ring 2"; "1 device" where there are none. With where its weights are."""
+    return (spelled(plan) or "1 device") + moved(plan)
+
+
+def moved(plan: Plan | PlanRequest) -> str:
+    """ ", sharded", ", layerwise offload": where the weights are, if not all of them on every device; else ""."""
+    offload = f", {plan.offload} offload" if plan.offload else ""
+    return f"{offload}, sharded" if plan.shard else offload
 
 
 def spelled(plan: Plan | PlanRequest) -> str:

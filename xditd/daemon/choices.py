@@ -30,6 +30,7 @@ NOT_BY_ITSELF = {
     "ring": "exact; not chosen, since ulysses sends less where the heads divide",
     "ulysses": "exact; not chosen, since it is not what was asked for",
     "patch": "exact; only where its devices are named, since one decodes most pictures in a moment",
+    "shard": "exact; only by its name: for models that do not fit, since every layer is gathered before it runs",
     "model": "exact; only by its name, or where memory lacks: every turn waits until all weights have come",
     "layerwise": "exact; only by its name, or where memory lacks: every call waits for all layers to come",
 }
@@ -91,7 +92,9 @@ def explain(
     elif chosen is not None and refusal is not None:
         add(chosen, "rejected", refusal.message, Code.OUT_OF_MEMORY.value)
     offloads: list[dict[str, Any]] = [{"offload": offload} for offload in OFFLOADS if offload]
-    for shape in shapes(len(devices), info.part) + offloads:
+    sharded: list[dict[str, Any]] = [{name: len(devices), "shard": True} for name in ("ulysses", "ring")]
+    further = offloads + (sharded if len(devices) > 1 and info.part == "transformer" else [])
+    for shape in shapes(len(devices), info.part) + further:
         plan = structs.replace(Plan(devices=devices[: _count(shape)]), **shape)
         if chosen is not None and _shape(plan) == _shape(chosen):
             continue
@@ -105,7 +108,11 @@ def explain(
         elif 0 < _all_tokens(info, size) < plan.ulysses * plan.ring:
             add(plan, "rejected", "no use: there are more ranks than tokens")
         else:
-            first = plan.offload or next((name for name in NOT_BY_ITSELF if _above(plan, name)), "")
+            first = (
+                plan.offload
+                or ("shard" if plan.shard else "")
+                or next((name for name in NOT_BY_ITSELF if _above(plan, name)), "")
+            )
             idle = len(devices) - len(plan.devices)
             add(
                 plan,
@@ -131,7 +138,7 @@ def shapes(count: int, part: str = "transformer") -> list[dict[str, Any]]:
 
 
 def _shape(plan: Plan) -> tuple[Any, ...]:
-    return plan.offload, *(getattr(plan, name) for name in ALL_DEGREES)
+    return plan.offload, plan.shard, *(getattr(plan, name) for name in ALL_DEGREES)
 
 
 def _count(shape: Mapping[str, Any]) -> int:

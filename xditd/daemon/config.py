@@ -80,6 +80,7 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     offload: Literal["", "model", "layerwise"] = (
         ""  # where the weights are outside of turns; "" on the devices
     )
+    shard: bool = False  # ranks of ulysses and ring hold a share of the weights each
     replicas: Annotated[int, Meta(ge=0, le=1024)] = 0  # groups that share the devices; 0 is one
 
     @property
@@ -99,6 +100,7 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             tensor=self.tensor,
             patch=self.patch,
             offload=self.offload,
+            shard=self.shard,
             replicas=self.replicas,
         )
 

@@ -124,7 +124,8 @@ def spell(plan: Plan) -> str:
     names = ("cfg", "tensor", "pipefusion", "ulysses", "ring", "patch")
     named = [f"{name} {getattr(plan, name)}" for name in names if getattr(plan, name) > 1]
     offload = f" with {plan.offload} offload" if plan.offload else ""
-    return f"{' × '.join(named) or 'The plan'} on {', '.join(plan.devices)}{offload}"
+    sharded = " with sharded weights" if plan.shard else ""
+    return f"{' × '.join(named) or 'The plan'} on {', '.join(plan.devices)}{offload}{sharded}"
 
 
 class Lately:

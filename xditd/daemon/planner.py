@@ -79,8 +79,10 @@ def rungs(plan: Plan, info: ModelInfo) -> tuple[Plan, ...]:
             shares[name] = shares[name] // 2 if shares[name] % 2 == 0 else 1
             count = math.prod(shares.values())
             kept = {name: degree for name, degree in shares.items() if degree > 1}
-            reason = _reason(kept, info, count, plan.offload)
-            found.append(Plan(devices=plan.devices[:count], offload=plan.offload, reason=reason, **shares))
+            shard = plan.shard and shares["ulysses"] * shares["ring"] > 1
+            reason = _reason(kept, info, count, plan.offload, shard)
+            devices = plan.devices[:count]
+            found.append(Plan(devices=devices, offload=plan.offload, shard=shard, reason=reason, **shares))
     for offload in OFFLOADS[OFFLOADS.index(plan.offload) + 1 :]:
         found.append(Plan(devices=plan.devices[:1], offload=offload, reason=_reason({}, info, 1, offload)))
     return tuple(rung for rung in found if not _refused(rung, info))
@@ -104,6 +106,8 @@ def check(plan: Plan, info: ModelInfo) -> None:
     found.check_plan(info, plan)
     if plan.offload and not found.part:
         raise XditError(Code.BAD_PLAN, f"{info.name} has no weights to offload; leave offload out.")
+    if plan.shard:
+        _check_shard(plan, info)
     if plan.offload == "layerwise" and not found.layers:
         raise XditError(
             Code.BAD_PLAN,
@@ -127,6 +131,27 @@ def fallback(request: PlanRequest, configured: str) -> bool:
             Code.BAD_PLAN, f"There is no fallback {request.fallback!r}; choose {' or '.join(FALLBACKS)}."
         )
     return word != "never"
+
+
+def _check_shard(plan: Plan, info: ModelInfo) -> None:
+    beside = next((name for name in ("pipefusion", "tensor") if getattr(plan, name) > 1), "")
+    if beside:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"shard is of no use with {beside} {getattr(plan, beside)}, by which ranks hold a part of the weights already; "
+            "leave one of them out.",
+        )
+    if plan.ulysses * plan.ring < 2:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"shard deals the weights of {info.name} out to the ranks of ulysses and ring, and this plan has one of them; "
+            "name more devices, or use offload.",
+        )
+    if plan.offload:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"shard together with {plan.offload} offload is not built in this version; either alone is.",
+        )
 
 
 def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
@@ -174,8 +199,8 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
                 f"{_spell(given)} makes {product}, but {len(devices)} devices are given; leave a degree open or "
                 f"name {product} device{'s' if product > 1 else ''}.",
             )
-    reason = _reason(degrees, info, len(devices), request.offload)
-    chosen = Plan(devices=devices, offload=request.offload, reason=reason, **degrees)
+    reason = _reason(degrees, info, len(devices), request.offload, request.shard)
+    chosen = Plan(devices=devices, offload=request.offload, shard=request.shard, reason=reason, **degrees)
     check(chosen, info)
     return chosen
 
@@ -251,9 +276,14 @@ OFFLOADED = {
 }
 
 
-def _reason(degrees: dict[str, int], info: ModelInfo, devices: int, offload: str = "") -> str:
+SHARDED = "; each rank holds a share of the weights, and gathers a layer before it runs"
+
+
+def _reason(
+    degrees: dict[str, int], info: ModelInfo, devices: int, offload: str = "", shard: bool = False
+) -> str:
     """One sentence, which follows from the plan alone: the same plan in other words is the same plan."""
-    return _shared(degrees, info, devices) + OFFLOADED[offload]
+    return _shared(degrees, info, devices) + OFFLOADED[offload] + (SHARDED if shard else "")
 
 
 def _shared(degrees: dict[str, int], info: ModelInfo, devices: int) -> str:

@@ -303,21 +303,28 @@ def worthless(group: Group, now: float) -> float:
 
 
 LAYERS_AT_ONCE = 2
-"""Layers that layerwise offload has on a device at one time (`models.offload.BUFFERS`)."""
+"""Layers that layerwise offload has on a device at one time (`models.offload.BUFFERS`); and FSDP: it gathers one ahead."""
 
 
 def weights(info: ModelInfo, dtype: str, plan: Plan) -> int:
     """Bytes of the weights of one rank that are on its device in a turn: its share, or of layerwise offload two layers
-    of it, and what is in no layer."""
-    if plan.offload != "layerwise":
+    of it, and what is in no layer. Of a sharded plan, two layers are gathered at one time."""
+    if plan.offload != "layerwise" and not plan.shard:
         return share(info, dtype, plan)
     found = layers(info)
+    if plan.shard:
+        gathered = LAYERS_AT_ONCE * found.largest * ITEMSIZE[dtype]
+        return min(share(info, dtype, plan) + gathered, info.parameters * ITEMSIZE[dtype])
     coming = LAYERS_AT_ONCE * found.largest // plan.tensor
     return min((found.rest + coming) * ITEMSIZE[dtype], share(info, dtype, plan))
 
 
 def share(info: ModelInfo, dtype: str, plan: Plan) -> int:
-    """Bytes of the weights of one rank, wherever they are: all, but for what tensor parallelism and PipeFusion split."""
+    """Bytes of the weights of one rank, wherever they are: all, but for what tensor parallelism, PipeFusion and sharding
+    split."""
+    if plan.shard:  # of what is in no layer, sharding leaves small parts whole
+        rest = min(layers(info).rest, info.parameters)
+        return (rest + (info.parameters - rest) // (plan.ulysses * plan.ring)) * ITEMSIZE[dtype]
     return info.parameters * ITEMSIZE[dtype] // (plan.tensor * plan.pipefusion)
 
 

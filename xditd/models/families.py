@@ -17,7 +17,7 @@ from xditd.catalog.layouts import named
 from xditd.catalog.layouts.piece import Piece
 from xditd.models.lora import Loras
 from xditd.models.offload import Offload
-from xditd.models.reading import Progress, WeightFile, fill
+from xditd.models.reading import Keeper, Progress, WeightFile, fill
 from xditd.models.splits import Divide
 from xditd.models.stages import Stages
 from xditd.models.tokens import Tokens
@@ -109,6 +109,7 @@ def load(
     divide: Divide | None = None,
     progress: Progress | None = None,
     offload: str = "",
+    keeper: Keeper | None = None,
 ) -> Any:
     """The network of a model file.
 
@@ -121,6 +122,7 @@ def load(
         divide: what leaves a rank its share of a transformer; None loads the whole.
         progress: told of bytes that are in place.
         offload: "model" or "layerwise": its weights are on the device in turns alone (`weights.offload.turn`); "": always.
+        keeper: has what `divide` left of some parameters.
 
     Returns:
         A `Transformer`, a `vae.network.Autoencoder` or a `text.TextEncoder`, with its `weights`.
@@ -147,7 +149,7 @@ def load(
             moving = None
             if offload:
                 moving = Offload(backbone, row.layers if offload == "layerwise" else (), file, device, dtype)
-            fill(backbone, kind.pieces(found.facts, prefix), file, device, dtype, cuts, moving)
+            fill(backbone, kind.pieces(found.facts, prefix), file, device, dtype, cuts, moving or keeper)
             loaded: Any = kind(backbone, found.facts, device, dtype)
             if row.part == "transformer":
                 loaded.noise = TRANSFORMERS[name].noise(found.facts)

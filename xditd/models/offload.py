@@ -49,6 +49,7 @@ class Home:
     host: torch.Tensor | None = None
     own: torch.Tensor | None = None
     placed: Placed | None = None
+    away: bool = True
 
     def put(self, value: torch.Tensor, own: bool = True) -> None:
         """Has it wait with another value from now on, and be that where it is on the device.
@@ -75,7 +76,7 @@ class Part:
 
 
 class Offload:
-    """The weights of a network that come and go.
+    """The weights of a network that come and go. A `models.reading.Keeper`.
 
     Args:
         network: on the meta device, and divided already.
@@ -84,6 +85,8 @@ class Offload:
         device: to which they come.
         dtype: of its arithmetic.
     """
+
+    uploads = False
 
     def __init__(
         self,

@@ -48,14 +48,26 @@ STAGING = 64 << 20
 
 
 class Home(Protocol):
-    """Where a parameter waits while it is not on the device."""
+    """Where the value of a parameter is kept that is not simply a tensor on the device.
+
+    Attributes:
+        away: outside of turns it is elsewhere.
+    """
+
+    away: bool
 
     def put(self, value: torch.Tensor, own: bool = True) -> None:
-        """Has it wait with another value; `own` is one that is not the file's."""
+        """Has it be another value from now on; `own` is one that is not the file's."""
 
 
 class Keeper(Protocol):
-    """Who keeps what is not always on the device."""
+    """Who keeps parameters otherwise than as plain tensors on the device.
+
+    Attributes:
+        uploads: what it takes is to be on the device.
+    """
+
+    uploads: bool
 
     @property
     def names(self) -> Collection[str]:
@@ -76,13 +88,23 @@ class Placed:
         parameter: on its device.
         piece: where it came from.
         cut: takes this rank's part of it; None: it has all.
-        home: where it waits while it is not on the device; None: it is always there.
+        home: where a value for it goes, if not simply there.
     """
 
     parameter: torch.Tensor
     piece: Piece
     cut: Cut | None
     home: Home | None = None
+
+    @property
+    def away(self) -> bool:
+        """Whether it is elsewhere outside of turns."""
+        return self.home is not None and self.home.away
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """What of it is in this process."""
+        return local(self.parameter)
 
 
 class WeightFile:
@@ -229,7 +251,7 @@ def fill(
     Raises:
         XditError: `file_invalid` naming the first keys that are missing or of another shape than the network's.
     """
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    expected = {name: tuple(local(value).shape) for name, value in network.state_dict().items()}
     cuts = cuts or {}
     if file.names:
         pieces = {name: Piece(key) for name, key in file.names.items()}
@@ -238,9 +260,10 @@ def fill(
     told = _Telling(file.progress, sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize)
     state = {}
     for name in expected:
-        away = keeper is not None and name in keeper.names
-        value = file.value(pieces[name], dtype, None if away else place, cuts.get(name))
-        state[name] = keeper.take(name, value) if keeper is not None and away else value
+        kept = keeper if keeper is not None and name in keeper.names else None
+        upload = place if kept is None or kept.uploads else None
+        value = file.value(pieces[name], dtype, upload, cuts.get(name))
+        state[name] = value if kept is None else kept.take(name, value)
         told.add(value.nbytes)
     network.load_state_dict(state, assign=True, strict=True)
     network.requires_grad_(False).eval()
@@ -256,9 +279,16 @@ def fill(
         file.placed = keeper.adopt(file.placed)
 
 
+def local(value: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor: of a sharded one its share."""
+    share: torch.Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return share
+
+
 def held(network: nn.Module) -> int:
     """Bytes of a network's parameters and buffers, each counted once; of what is away nothing."""
-    values = [value for value in network.state_dict().values() if any(value.stride()) or value.numel() == 1]
+    present = [local(value) for value in network.state_dict().values()]
+    values = [value for value in present if any(value.stride()) or value.numel() == 1]
     return sum({value.data_ptr(): value.numel() * value.itemsize for value in values}.values())
 
 

@@ -69,21 +69,26 @@ class Weights:
 class _OnCpu:
     def __init__(self, file: WeightFile) -> None:
         self._file = file
-        self._dropped: list[Placed] = []
+        self._dropped: list[tuple[Placed, int]] = []  # with the bytes of what was behind it
 
     def sleep(self) -> None:
         for placed in self._file.placed.values():
-            if placed.home is None and not self._file.has(placed.parameter):
-                placed.parameter.untyped_storage().resize_(0)
-                self._dropped.append(placed)
+            if not placed.away and not self._file.has(placed.memory):
+                storage = placed.memory.untyped_storage()
+                self._dropped.append((placed, storage.nbytes()))
+                storage.resize_(0)
         self._file.let_go()
         # What was freed lies in the allocator's lists, and is the process's until it is told.
         ctypes.CDLL(None).malloc_trim(0)
 
     def wake(self) -> None:
-        for placed in self._dropped:
-            dtype = placed.parameter.dtype
-            placed.parameter.data = self._file.value(placed.piece, dtype, cut=placed.cut)
+        for placed, nbytes in self._dropped:
+            value = self._file.value(placed.piece, placed.parameter.dtype, cut=placed.cut)
+            if placed.home is None:
+                placed.parameter.data = value
+            else:
+                placed.memory.untyped_storage().resize_(nbytes)
+                placed.home.put(value, own=False)
         self._dropped.clear()
 
 
@@ -122,8 +127,8 @@ class _OnGpu:
         """Of all parameters that stay on the device, each once."""
         seen: set[int] = set()
         for placed in self._file.placed.values():
-            storage = placed.parameter.untyped_storage()
-            if placed.home is None and storage.data_ptr() not in seen:
+            storage = placed.memory.untyped_storage()
+            if not placed.away and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 yield storage
 

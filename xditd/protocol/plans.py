@@ -68,6 +68,9 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     # where weights are outside of turns: "" always on the devices, "model" in the host's memory, all of them coming for a
     # turn, "layerwise" there as well, each layer coming before it runs
     offload: Name = ""
+    shard: bool = (
+        False  # ranks of ulysses and ring hold a share of the weights each, and gather a layer before it runs
+    )
     # of a plan that cannot be had: "auto" does it with fewer devices, "never" fails; "" is the daemon's own
     fallback: Name = ""
 
@@ -90,6 +93,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     tensor: int = 1
     patch: int = 1  # of a VAE: ranks that share each picture
     offload: str = ""  # "model" or "layerwise": as the request has it
+    shard: bool = False  # as the request has it
     reason: str = ""  # one sentence: why the planner chose this
 
 

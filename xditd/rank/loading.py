@@ -86,6 +86,7 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     sequence = plan.ulysses * plan.ring
     world: Any = None
     tensor: Any = None
+    sharding: Any = None
     if sequence > 1:
         from xditd.rank import xfuser_seam
         from xditd.rank.parallel import SequenceParallel
@@ -108,16 +109,30 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         from xditd.rank.tensor import TensorParallel
 
         tensor = TensorParallel.join(plan.tensor, sequence, spec.rank, spec.world)
+    if plan.shard:
+        from xditd.rank.sharding import WeightSharding
+
+        sharding = WeightSharding.join(sequence, spec.rank, spec.world, device.torch)
     tell("loading")
     faults.at_load()
-    divide = None if tensor is None else tensor.divide
+    dividing = tensor or sharding
     network = load_network(
-        spec.family, spec.path, spec.part, device.torch, dtype, divide, partial(tell, "loading"), plan.offload
+        spec.family,
+        spec.path,
+        spec.part,
+        device.torch,
+        dtype,
+        None if dividing is None else dividing.divide,
+        partial(tell, "loading"),
+        plan.offload,
+        sharding,
     )
     name = kernel.name
     if world is not None:
         run = partial(network.run, world.wrap(network.backbone, network.heads // plan.tensor))
         network.call = SequenceParallel(run, network.tokens, world, device.torch)
+        if sharding is not None:
+            network.predict = sharding.around(network.predict)
     else:
         network.backbone.set_attention_backend(kernel.diffusers)
         name = attention.heeded(kernel, network.backbone, spec.attention)
