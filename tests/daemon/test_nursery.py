@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ import pytest
 
 from tests.daemon.world import World
 from xditd.daemon import nursery as nurseries
+from xditd.daemon.child import _PR_SET_CHILD_SUBREAPER
 from xditd.daemon.config import Config
 from xditd.daemon.executor import LocalExecutor
 from xditd.daemon.launch import environment, rank_specs
@@ -28,6 +30,13 @@ def spec_of(folder: Path) -> RankSpec:
     world = World()
     world.open()
     return msgspec.structs.replace(rank_specs(world.started[0], Config(), folder)[0], family="flux")
+
+
+@pytest.fixture(autouse=True)
+def pytest_adopts_no_orphans() -> Iterator[None]:
+    """The nursery makes this process a subreaper: the dead of later tests would stay with it."""
+    yield
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -149,21 +149,21 @@ def test_a_forgotten_run_is_gone_and_the_next_turn_works(ranks: Ranks) -> None:
 def test_a_hundred_runs_leave_no_memory_behind(ranks: Ranks) -> None:
     """Each puts 1 MiB of conditioning and begins a sample that it never ends."""
 
-    def resident() -> int:
+    def own() -> int:  # not what it shares with other forks, which counts when it is first touched
         (described,), frames = framed([latent(1)])
         item = DenoiseItem(x=described, t=(0.5,), conditioning="c")
         ranks.condition(99, "c", conditioning(1))
         ranks.turn(orders.TurnDenoise(order=99, run=99, items=(item,)), *frames)  # all before it is done
-        return psutil.Process(ranks.processes[0].pid).memory_info().rss
+        return psutil.Process(ranks.processes[0].pid).memory_full_info().uss
 
     context = torch.randn(1, 4096, SHAPE["context_width"])
-    before = resident()
+    before = own()
     for run in range(100, 200):
         ranks.condition(run, "c", {**conditioning(1), "context": context})
         (described,), frames = framed([torch.randn(1, 16, 64, 64)])
         ranks.send(begin(run=run, noise=described), *frames)
         ranks.send(orders.ForgetRun(run=run))
-    assert resident() - before < 20 << 20
+    assert own() - before < 20 << 20
     ranks.send(orders.ForgetRun(run=99))
 
 
