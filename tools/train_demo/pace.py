@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -44,6 +43,8 @@ class Piece:
         scenes: that it learns from.
         steps: how many; None is as many as the minutes have.
         minutes: of training; until: seconds since 1970 at which it ends in any case.
+        hold: the part of it at the full learning rate, before that falls.
+        state: a file with all that is trained, optimisers and averages too: read where it exists, written at the end.
     """
 
     net: Networks
@@ -53,6 +54,8 @@ class Piece:
     steps: int | None
     minutes: float
     until: float
+    hold: float
+    state: Path | None
     log: Log
 
 
@@ -80,6 +83,13 @@ class Average:
                 live.copy_(kept)
                 live.requires_grad_(False)
 
+    def state(self) -> tuple[int, list[torch.Tensor]]:
+        return self._steps, self.kept
+
+    def resume(self, state: tuple[int, list[torch.Tensor]]) -> None:
+        self._steps, kept = state
+        torch._foreach_copy_(self.kept, kept)
+
     def swap(self) -> None:
         """Exchanges the average and what is trained."""
         for kept, live in zip(self.kept, self.live, strict=True):
@@ -88,9 +98,13 @@ class Average:
             kept.copy_(trained)
 
 
-def rate(step: int, done: float, peak: float) -> float:
-    """The learning rate: up in a line for the first steps, down along a cosine with the part that is done."""
-    return peak * min(1.0, (step + 1) / WARM) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+def rate(step: int, done: float, peak: float, hold: float) -> float:
+    """The learning rate: up in a line for the first steps, held for a part of the piece, down in a line to nothing.
+
+    So that pieces follow one another as one training would: all but the last hold it throughout (arXiv:2405.18392).
+    """
+    falls = 1.0 if hold >= 1 else min(1.0, (1 - done) / (1 - hold))
+    return peak * min(1.0, (step + 1) / WARM) * falls
 
 
 def paced(piece: Piece) -> Iterator[float]:

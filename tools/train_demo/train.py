@@ -41,12 +41,34 @@ from tools.train_demo.train_vae import train_vae
     "--round-at", default=0.65, help="Part of the piece after which the text encoders have their final form."
 )
 @click.option("--muon", is_flag=True, help="Muon for the matrices of the blocks.")
+@click.option(
+    "--hold", default=0.5, help="Part of the piece at the full learning rate; 1 where another follows."
+)
+@click.option(
+    "--state", type=click.Path(path_type=Path), help="File by which the next piece goes on just so."
+)
 @click.option("--data", type=click.Path(path_type=Path), help="Scenes that `data` made.")
 @click.option("--cache", type=click.Path(path_type=Path), help="File for scenes' latents, made once.")
 @click.option("--seed", default=0)
 @click.option("--exam", default=200, help="Held-out captions of the judge; 0 leaves it out.")
 def main(
-    stage, out, source, minutes, until, steps, batch, scenes, peak, seed, round_at, muon, data, cache, exam
+    stage,
+    out,
+    source,
+    minutes,
+    until,
+    steps,
+    batch,
+    scenes,
+    peak,
+    seed,
+    round_at,
+    muon,
+    hold,
+    state,
+    data,
+    cache,
+    exam,
 ) -> None:
     """Trains one piece."""
     torch.manual_seed(seed)
@@ -66,10 +88,12 @@ def main(
         return
     net.vae.to(memory_format=torch.channels_last)
     if stage == "vae":
-        train_vae(Piece(net, device, batch or 64, min(scenes, 20_000), steps, minutes, until, log))
+        train_vae(
+            Piece(net, device, batch or 64, min(scenes, 20_000), steps, minutes, until, hold, state, log)
+        )
         names: tuple[str, ...] = ("vae",)
     else:
-        piece = Piece(net, device, batch or 256, scenes, steps, minutes, until, log)
+        piece = Piece(net, device, batch or 256, scenes, steps, minutes, until, hold, state, log)
         train_flux(piece, peak=peak, seed=seed, round_at=round_at, muon=muon, data=data, cache=cache)
         names = ("flux", "clip", "t5")
     networks.write(net, out, names)

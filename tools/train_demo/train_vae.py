@@ -23,7 +23,7 @@ def train_vae(piece: Piece) -> None:
     average = Average(vae)
     for step, done in enumerate(paced(piece)):
         for group in optimiser.param_groups:
-            group["lr"] = rate(step, done, 1.5e-3)
+            group["lr"] = rate(step, done, 1.5e-3, piece.hold)
         with torch.no_grad():
             whole = render.render(known[torch.randint(len(known), (piece.batch,), device=device)]) * 2 - 1
         # Mostly quarters: the networks are convolutions but for the attention in the middle.
