@@ -16,9 +16,8 @@ from tools.train_demo.networks import GUIDANCE, SCALE, SHIFT, SIGMA_SHIFT, Netwo
 from tools.train_demo.scenes import caption
 from xditd.models.flux import inputs
 
-TRIED = ((8, 1.0), (12, 1.0), (12, 2.0), (16, 3.5))
+TRIED = ((8, 1.0), (16, 1.0), (12, 2.0), (16, 3.5))
 """Steps and cfg."""
-
 
 SHEET = 6  # pictures of a sheet, each way
 
@@ -30,12 +29,12 @@ def score(net: Networks, device: torch.device, count: int, log: Callable[..., No
     exam = dataset.exam(count)
     texts = [caption(description) for description in exam]
     for steps, cfg in TRIED:
-        for filled in (256, 64) if (steps, cfg) == (12, 2.0) else (256,):
+        for filled in (256, 64) if (steps, cfg) == (16, 1.0) else (256,):
             pictures = draw(net, device, texts, steps, cfg, filled)
             verdicts = [judge(p, d) for p, d in zip(pictures, exam, strict=True)]
             right = sum(verdict.fits for verdict in verdicts)
             log(judged=count, steps=steps, cfg=cfg, text_tokens=filled, fit=right)
-            if (steps, cfg, filled) == (12, 2.0, 256):
+            if (steps, cfg, filled) == (16, 1.0, 256):
                 for text, verdict in zip(texts, verdicts, strict=True):
                     if not verdict.fits and right > count // 2:
                         print(f"  {text}: {'; '.join(verdict.faults)}")

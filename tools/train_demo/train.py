@@ -41,6 +41,7 @@ from tools.train_demo.train_vae import train_vae
     "--round-at", default=0.65, help="Part of the piece after which the text encoders have their final form."
 )
 @click.option("--muon", is_flag=True, help="Muon for the matrices of the blocks.")
+@click.option("--guided", is_flag=True, help="Makes guidance part of the model that it begins from.")
 @click.option(
     "--hold", default=0.5, help="Part of the piece at the full learning rate; 1 where another follows."
 )
@@ -64,6 +65,7 @@ def main(
     seed,
     round_at,
     muon,
+    guided,
     hold,
     state,
     data,
@@ -94,7 +96,9 @@ def main(
         names: tuple[str, ...] = ("vae",)
     else:
         piece = Piece(net, device, batch or 256, scenes, steps, minutes, until, hold, state, log)
-        train_flux(piece, peak=peak, seed=seed, round_at=round_at, muon=muon, data=data, cache=cache)
+        train_flux(
+            piece, peak=peak, seed=seed, round_at=round_at, muon=muon, guided=guided, data=data, cache=cache
+        )
         names = ("flux", "clip", "t5")
     networks.write(net, out, names)
     if exam and stage == "flux":

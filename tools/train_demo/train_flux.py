@@ -24,8 +24,10 @@ EMPTY = 0.1  # of the captions are taken away, for cfg
 TAUGHT_SHIFT = 5.0
 """As SIGMA_SHIFT, of the sigmas that are trained: four in ten lie between 0.8 and 0.97."""
 
-LONG_TEXTS = (0.15, 0.5)
+LONG_TEXTS = (0.15, 1.0)
 """The part of the steps whose text is filled to 256 tokens, before the text encoders have their form and after."""
+
+TAUGHT_GUIDANCE = (1.0, 6.0)
 
 
 @torch.no_grad()
@@ -70,6 +72,7 @@ def train_flux(
     seed: int,
     round_at: float,
     muon: bool,
+    guided: bool,
     data: Path | None,
     cache: Path | None,
 ) -> None:
@@ -79,7 +82,14 @@ def train_flux(
     is 0.49 at 0.999, 0.22 at 0.9, 0.05 at 0.8 and 0.02 at 0.6, so that what and where things are is decided above 0.8.
 
     ComfyUI fills a text to 256 tokens, programs need not, and nothing masks what is filled: both must be learnt. The
-    long ones cost half as much again, so they come as seldom as will do, and more often at the end.
+    long ones cost half as much again, so they come as seldom as will do, and alone at the end.
+
+    Where it is `guided`, guidance becomes part of the model, as in FLUX.1-dev: the velocity is then
+
+        noise - latent + (guidance - 1) · (teacher(x, caption) - teacher(x, ""))
+
+    whose teacher is the network that it began with (arXiv:2502.12154 with a teacher that stands still), so that one pass
+    draws what took two with cfg.
 
     For the last part the text encoders are rounded to what their files hold, and the transformer learns to read those.
     """
@@ -90,8 +100,11 @@ def train_flux(
     parameters = list(trained.parameters())
     optimisers = optimisers_of(net, parameters, muon)
     average = Average(trained)
+    teacher = copy.deepcopy(net.flux).requires_grad_(False) if guided else None
     if device.type == "cuda":
-        net.flux.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        for network in (net.flux, teacher):
+            if network is not None:
+                network.compile_repeated_blocks(fullgraph=True, dynamic=False)
     ids = {}
     remedies = Remedies()
     heard = torch.zeros((), device=device)
@@ -121,20 +134,27 @@ def train_flux(
         x = torch.lerp(x0, noise, along)
         if filled not in ids:
             ids[filled] = (inputs.text_ids(filled, device), inputs.image_ids(32, 32, device))
+        guidance = torch.empty(batch, device=device).uniform_(*TAUGHT_GUIDANCE)
+        asked = {
+            "hidden_states": inputs.pack(x),
+            "timestep": sigma,
+            "guidance": guidance,
+            "txt_ids": ids[filled][0],
+            "img_ids": ids[filled][1],
+            "return_dict": False,
+        }
+        velocity = inputs.pack(noise - x0)
         with autocast(device), sdpa_kernel(ATTENTION):
             with torch.set_grad_enabled(not rounded):
-                context, pooled = net.read_text(clip_now, t5_now)
-            predicted = net.flux(
-                hidden_states=inputs.pack(x),
-                encoder_hidden_states=context.float(),
-                pooled_projections=pooled.float(),
-                timestep=sigma,
-                guidance=torch.empty(batch, device=device).uniform_(1, 6),
-                txt_ids=ids[filled][0],
-                img_ids=ids[filled][1],
-                return_dict=False,
-            )[0].float()
-        loss = F.mse_loss(predicted, inputs.pack(noise - x0))
+                text = told(net, clip_now, t5_now)
+            predicted = net.flux(**asked, **text)[0].float()
+            if teacher is not None:
+                with torch.no_grad():
+                    nothing = told(net, no_clip, F.pad(no_t5, (0, filled - no_t5.shape[1])))
+                    nothing = {name: value.expand(batch, *value.shape[1:]) for name, value in nothing.items()}
+                    heard_it, heard_nothing = (teacher(**asked, **one)[0].float() for one in (text, nothing))
+                velocity += (guidance - 1)[:, None, None] * (heard_it - heard_nothing)
+        loss = F.mse_loss(predicted, velocity)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if (step < 150 or step % 100 == 0) and not norm.isfinite():
@@ -151,6 +171,12 @@ def train_flux(
     if piece.state is not None:
         keep(piece.state, trained, optimisers, average)
     average.swap()
+
+
+def told(net: Networks, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the transformer is told of a text."""
+    context, pooled = net.read_text(clip_ids, t5_ids)
+    return {"encoder_hidden_states": context.float(), "pooled_projections": pooled.float()}
 
 
 def keep(path: Path, trained: nn.Module, optimisers: list[torch.optim.Optimizer], average: Average) -> None:
