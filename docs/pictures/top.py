@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -57,8 +58,8 @@ def sample(endpoint: str, flux: str, name: str, label: str, steps: int, over: th
 
 def main() -> None:
     os.environ.pop("XDITD_ENDPOINT", None)
-    with OwnDaemon(2) as daemon:
-        subprocess.run([sys.executable, "-m", "xditd.models.making", str(daemon.models)], check=True)
+    with tempfile.TemporaryDirectory() as folder, OwnDaemon(2, Path(folder) / "models") as daemon:
+        subprocess.run([sys.executable, "-m", "xditd.models.making", f"{folder}/models"], check=True)
         daemon.start()
         with daemon.connect() as client:
             listed = client.models().models

@@ -9,12 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
+from tools.train_demo.judge import judge
+from tools.train_demo.scenes import Description, Thing
 from xditd.cli.own_daemon import OwnDaemon
 from xditd.protocol.errors import XditError
+
+PROMPT = "a large red square"
+SAID = Description((Thing("square", "red", "large"),))
 
 XDITCTL = [sys.executable, "-m", "xditd.cli.xditctl"]
 
@@ -26,7 +32,7 @@ def demo(tmp_path):
 
     def start() -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*XDITCTL, "demo", "--size", "64x64", "--steps", "2", "-o", str(tmp_path / "x.png")],
+            [*XDITCTL, "demo", PROMPT, "-o", str(tmp_path / "x.png")],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -71,22 +77,33 @@ def _folder(said: str) -> Path:
     return Path(re.search(r"ipc://(/\S+)/xditd\.sock", said)[1])
 
 
-def test_it_ends_with_a_picture_and_shows_two_ranks(demo, tmp_path):
+def test_it_draws_what_it_is_told_and_shows_two_ranks(demo, tmp_path):
     said, _ = demo().communicate(timeout=240)
     with Image.open(tmp_path / "x.png") as picture:
-        assert picture.size == (64, 64)
-        assert len(picture.getcolors(64 * 64) or []) > 100, "noise has many colours; an empty picture has one"
+        verdict = judge(np.asarray(picture) / 255, SAID)
+        assert picture.info["prompt"] == PROMPT
+    assert verdict.fits, verdict
     for word in [
         "ulysses 2 on cpu:0, cpu:1",
-        "2/2",
+        "16/16",
         "$ xditctl status",
-        "abstract noise",
+        f"256×256, {PROMPT}",
         "The daemon is stopped",
     ]:
         assert word in said
     group = said[said.index("ulysses 2 on", said.index("xditctl status")) :].splitlines()
     assert [row.split()[2] for row in group if row.split()[:1] in (["0"], ["1"])][:2] == ["cpu:0", "cpu:1"]
     assert not _folder(said).exists()
+
+
+def test_a_word_that_the_model_has_not_learnt_is_said_at_once(tmp_path):
+    made = subprocess.run(
+        [*XDITCTL, "demo", "a red circel", "-o", str(tmp_path / "x.png")], capture_output=True, text=True
+    )
+    assert made.returncode == 4
+    assert "does not know the word 'circel'; did you mean circle" in made.stderr
+    assert "bad_value" in made.stderr
+    assert not made.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -109,17 +126,17 @@ def test_killed_it_takes_its_daemon_and_ranks_along(demo):
     shutil.rmtree(folder)
 
 
-def test_its_daemon_is_stopped_in_order():
-    with OwnDaemon(cpu_ranks=1) as daemon:
+def test_its_daemon_is_stopped_in_order(tmp_path):
+    with OwnDaemon(1, tmp_path / "models") as daemon:
         daemon.start()
         with daemon.connect() as client:
             assert [device.name for device in client.status().devices] == ["cpu:0"]
     assert daemon._process.returncode == 0
 
 
-def test_a_daemon_that_cannot_start_is_said(monkeypatch):
+def test_a_daemon_that_cannot_start_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with OwnDaemon(cpu_ranks=1) as daemon:
+    with OwnDaemon(1, tmp_path / "models") as daemon:
         daemon.start()
         with pytest.raises(XditError, match="ended as it started"):
             daemon.connect()

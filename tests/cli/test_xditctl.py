@@ -346,7 +346,7 @@ def test_ctrl_c_cancels_the_run(ask, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--save-latent x", "either --conditioning"),
+        ("--save-latent x", "one of --conditioning"),
         ("--random-conditioning", "--vae for a picture"),
         ("--random-conditioning --save-latent x --size 100x100", "multiples of 8"),
         ("--random-conditioning --save-latent x --size big", "is not a size"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -16,6 +16,7 @@ from xditd.cli import words
 from xditd.cli.bars import PhaseBar, StepBar
 from xditd.cli.schedule import Habits, habits, known, sigmas
 from xditd.client import Client, Run, files
+from xditd.demo import conditioning
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, ModelRef, Plan, PlanRequest
 from xditd.protocol.plans import LoraMatch, LoraRef
@@ -31,9 +32,10 @@ class Wish:
     """What is to be drawn. None is the model's habit.
 
     Attributes:
-        conditioning: a safetensors file with the model's tensors (protocol.md, §8; Flux: context, pooled); None draws random
-            ones.
-        negative: the same, for cfg above 1.
+        conditioning: a safetensors file with the model's tensors (protocol.md, §8; Flux: context, pooled); without it and a
+            prompt they are random.
+        prompt: in the words of the demo's model, for that one; its negative is then the empty prompt.
+        negative: as conditioning, for cfg above 1.
         latent: a file to begin from, unscaled as ComfyUI's LATENT; None begins from noise alone.
         size: width and height of the picture in pixels.
         sigmas: explicit ones; () makes `steps` of them.
@@ -45,6 +47,7 @@ class Wish:
     model: ModelRef
     plan: PlanRequest
     conditioning: Path | None = None
+    prompt: str | None = None
     negative: Path | None = None
     latent: Path | None = None
     sampler: str = "euler"
@@ -103,7 +106,8 @@ class Ready:
     habit: Habits
 
 
-Tensors = dict[str, "torch.Tensor"]
+Tensors = dict[str, Any]
+"""By name: torch tensors, or `Buffer`s."""
 
 
 def prepare(
@@ -158,9 +162,7 @@ def draw(client: Client, wish: Wish, console: Console) -> Drawn:
     Raises:
         XditError: whatever the daemon refuses, and `bad_value` for what a model does not take.
     """
-    given = [
-        None if path is None else files.read_tensors(path) for path in (wish.conditioning, wish.negative)
-    ]
+    positive, negative = given(client, wish)
     start = None if wish.latent is None else files.read_latent(wish.latent)
     name = words.model(wish.model)
     with PhaseBar(console, name) as bar:
@@ -169,13 +171,24 @@ def draw(client: Client, wish: Wish, console: Console) -> Drawn:
         )
     with run:
         try:
-            ready = prepare(run, wish, given[0], given[1], start)
+            ready = prepare(run, wish, positive, negative, start)
             latent, seconds = sampled(run, ready, wish, console, "sampling")
         except KeyboardInterrupt:
             cancel(run)
             raise
         group, plan = run.group, run.plan
     return Drawn(latent, group, plan, len(ready.sigmas) - 1, seconds, run.lora, run.degraded)
+
+
+def given(client: Client, wish: Wish) -> tuple[Tensors | None, Tensors | None]:
+    """The positive and the negative conditioning of a wish; None where it says none."""
+    if wish.prompt is not None:
+        negative = conditioning.encode(client, "") if wish.cfg != 1 else None
+        return conditioning.encode(client, wish.prompt), negative
+    positive, negative = (
+        None if path is None else files.read_tensors(path) for path in (wish.conditioning, wish.negative)
+    )
+    return positive, negative
 
 
 def decode(client: Client, vae: ModelRef, latent: torch.Tensor, console: Console) -> torch.Tensor:

@@ -26,26 +26,28 @@ _PR_SET_PDEATHSIG = 1
 
 
 class OwnDaemon:
-    """A daemon with CPU ranks that serves the models of its folder; a context manager.
+    """A daemon with CPU ranks that serves the models of a folder; a context manager.
 
     Attributes:
         folder: temporary, gone afterwards.
-        models: below it, to be filled by ComfyUI's kinds.
         endpoint: where it listens.
         pid: of its process; None before it is started.
     """
 
-    def __init__(self, cpu_ranks: int) -> None:
+    def __init__(self, cpu_ranks: int, models: Path) -> None:
+        """
+        Args:
+            models: a folder of models by ComfyUI's kinds.
+        """
         parent = None if len(tempfile.gettempdir()) < 60 else "/tmp"  # the path of a socket must be short
         self.folder = Path(tempfile.mkdtemp(prefix="xditd-demo-", dir=parent))
-        self.models = self.folder / "models"
         self.endpoint = f"ipc://{self.folder}/xditd.sock"
         self._log = self.folder / "xditd.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._settings = (
             f"endpoint = {json.dumps(self.endpoint)}\n"
             f'[devices]\nkind = "cpu"\ncpu_ranks = {cpu_ranks}\nthreads = 1\n'
-            f"[models]\ncomfyui = {json.dumps(str(self.folder))}\n"
+            f"[models]\ncomfyui = {json.dumps(str(models.parent))}\n"
             "[deadlines]\ndrain = 5\n"
         )
 

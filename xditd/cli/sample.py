@@ -78,6 +78,7 @@ class Lora(click.ParamType):
     type=FILE,
     help="safetensors with the encoded prompt; for Flux: context [1, n, 4096], pooled [1, 768]; others: protocol.md, §8.",
 )
+@click.option("--prompt", help="For the demo's model and in its words: a red circle left of a blue square.")
 @click.option(
     "--random-conditioning", is_flag=True, help="Noise instead of a prompt: to try the path or measure it."
 )
@@ -148,6 +149,7 @@ class Lora(click.ParamType):
 def sample(
     model: ModelRef,
     conditioning: Path | None,
+    prompt: str | None,
     random_conditioning: bool,
     vae: ModelRef | None,
     output: Path,
@@ -166,14 +168,15 @@ def sample(
       xditctl sample diffusion_models/flux1-dev.safetensors --random-conditioning --ulysses 2 --steps 4 \\
           --save-latent latent.safetensors
     """
-    if (conditioning is None) != random_conditioning:
-        raise click.UsageError("Give either --conditioning FILE or --random-conditioning.")
+    if (conditioning is not None) + (prompt is not None) + random_conditioning != 1:
+        raise click.UsageError("Give one of --conditioning FILE, --prompt TEXT and --random-conditioning.")
     if vae is None and save_latent is None:
         raise click.UsageError("Give --vae for a picture, or --save-latent for the latent alone.")
     wish = Wish(
         model=msgspec.structs.replace(model, dtype=dtype or ""),
         plan=asked,
         conditioning=conditioning,
+        prompt=prompt,
         **wished,
     )
     console = stdout()

@@ -5,6 +5,7 @@ Without options it does nothing. The options, all strings:
 - `crash_at_order`, `hang_at_order`, `exit_at_order`, `fail_at_order`, `oom_at_order`: at which turn of this process,
   counted from 1.
 - `oom_when_whole`: a VAE lacks memory for every picture that it computes whole.
+- `zero_output`: any value; what this rank predicts is zeros. Nothing notices but who looks at the picture.
 - `only_rank`: the one rank that has the fault; all have it without.
 - `spares`: ranks under a plan with this offload ("model", "layerwise") have no faults.
 - `turn_seconds`: how much longer every turn takes.
@@ -16,6 +17,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
 class Faults:
@@ -46,6 +51,12 @@ class Faults:
     def when_whole(self) -> None:
         """Called before a picture is computed whole."""
         self._strike("when_whole", lambda value: True)
+
+    def at_output(self, backbone: Module) -> None:
+        """Called with a network that is loaded, before it is used."""
+        if "zero_output" in self._options:
+            *_, last = backbone.children()
+            last.register_forward_hook(lambda module, given, output: output * 0)
 
     def _strike(self, when: str, due: Callable[[str], bool]) -> None:
         if not self._options:

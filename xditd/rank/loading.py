@@ -127,6 +127,7 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         plan.offload,
         sharding,
     )
+    faults.at_output(network.backbone)
     name = kernel.name
     if world is not None:
         run = partial(network.run, world.wrap(network.backbone, network.heads // plan.tensor))
