@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def tell(program: str) -> Any:
@@ -29,18 +33,60 @@ print(json.dumps([preload.preload("cpu", ["two"]), list(done), preload.preload("
     assert told == ["", [1, 3], "two", "it left 1 threads running", [1, 3, 1]]
 
 
-def test_cuda_in_use_is_seen() -> None:
+DRIVER = """
+static int begun;
+int cuInit(unsigned flags) { begun = 1; return 0; }
+int cuDeviceGetCount(int *count) { *count = begun; return begun ? 0 : 3; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="makes a driver of its own")
+def test_cuda_in_use_is_seen_whoever_began_it_and_not_before(tmp_path: Path) -> None:
+    (tmp_path / "driver.c").write_text(DRIVER)
+    driver = tmp_path / "libcuda-of-a-test.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", driver, tmp_path / "driver.c"], check=True)
     told = tell(
-        """
-import json, os, sys, types
+        f"""
+import ctypes, json
 from xditd.rank import preload
-assert preload.unfit() == ""
-preload.UVM = os.devnull  # a machine without a GPU has no such device
-file = open(os.devnull)
-print(json.dumps(preload.unfit()))
+preload.DRIVER = {str(driver)!r}
+told = [preload.unfit()]
+driver = ctypes.CDLL(preload.DRIVER)
+told.append(preload.unfit())
+driver.cuInit(0)
+told.append(preload.unfit())
+print(json.dumps(told))
 """
     )
-    assert told == "CUDA is in use"
+    assert told == ["", "", "CUDA is in use"]
+
+
+def test_neither_nvml_nor_cuda_is_asked_for_a_gpu_by_the_import_of_diffusers() -> None:
+    """With torch made to believe that it was built for CUDA: this is no machine with a GPU."""
+    told = tell(
+        """
+import json, torch
+from xditd.rank import preload
+asked = []
+def asking(name, answer):
+    def ask(*arguments):
+        asked.append(name)
+        return answer
+    return ask
+torch.cuda._is_compiled = lambda: True
+torch._C._accelerator_getAccelerator = lambda: torch.device("cuda")
+torch._C._cuda_getCurrentRawStream = lambda device: 0
+torch._C._cuda_getDeviceCount = asking("CUDA", 1)
+torch.cuda._device_count_nvml = asking("NVML", -1)
+torch.cuda._lazy_init = asking("torch", None)
+assert preload.preload("cuda", ["transformers"]) == ""
+import diffusers.utils.torch_utils as torch_utils
+ahead = list(asked)
+torch.cuda.is_available()
+print(json.dumps([torch_utils.torch_device, ahead, asked]))
+"""
+    )
+    assert told == ["cuda", [], ["CUDA"]]  # after the imports torch asks as ever
 
 
 def test_a_fork_computes_with_the_threads_that_its_spec_says() -> None:

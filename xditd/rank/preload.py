@@ -5,6 +5,7 @@ It cannot where an import has begun to use CUDA, which no fork can go on using, 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import sys
@@ -20,8 +21,10 @@ FOR_IMPORTS = {
 }
 """Variables of the time of the imports; no rank has them of us."""
 
-UVM = "/dev/nvidia-uvm"
-"""What a process has open that uses CUDA. NVML has no need of it."""
+DRIVER = "libcuda.so.1"
+
+NOT_INITIALIZED = 3
+"""CUDA_ERROR_NOT_INITIALIZED: what every function of the driver returns before cuInit (CUDA driver API, Initialization)."""
 
 
 def preload(device: str, left_out: Sequence[str] = (), nearly: Callable[[], None] = lambda: None) -> str:
@@ -41,7 +44,8 @@ def preload(device: str, left_out: Sequence[str] = (), nearly: Callable[[], None
                 continue  # xfuser asks CUDA about the GPU as it is imported; and it is the least of them
             if name == "transformers":
                 nearly()
-            step()
+            with _gpu_taken_for_granted(device):
+                step()
             if why := unfit():
                 print(f"No rank can be forked after the import of {name}: {why}.", file=sys.stderr)
                 return name
@@ -53,7 +57,7 @@ def unfit() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "torch has begun to use CUDA"
-    if any(_target(fd) == UVM for fd in os.listdir("/proc/self/fd")):
+    if _driver_begun():
         return "CUDA is in use"
     threads = len(os.listdir("/proc/self/task"))
     return f"it left {threads - 1} threads running" if threads > 1 else ""
@@ -116,6 +120,25 @@ def _variables(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
+def _gpu_taken_for_granted(device: str) -> Iterator[None]:
+    """Has torch say, for a while and without asking anybody, that there is a GPU, where ranks have some.
+
+    diffusers asks as it is imported (`utils.torch_utils.torch_device`). torch asks NVML, for `FOR_IMPORTS`, but CUDA where
+    NVML does not answer, as in a container without it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or device == "cpu":
+        yield
+        return
+    count = torch.cuda.device_count
+    torch.cuda.device_count = lambda: 1
+    try:
+        yield
+    finally:
+        torch.cuda.device_count = count
+
+
+@contextmanager
 def _hidden(names: Sequence[str]) -> Iterator[None]:
     """Has packages look not installed, for a while."""
     before = {name: sys.modules.get(name) for name in names}
@@ -130,8 +153,13 @@ def _hidden(names: Sequence[str]) -> Iterator[None]:
                 sys.modules[name] = module
 
 
-def _target(fd: str) -> str:
+def _driver_begun() -> bool:
+    """Whether anything in this process has called cuInit. The driver itself says so, and is not begun by being asked.
+
+    An open /dev/nvidia-uvm would be a guess: nothing promises that NVML, which a fork can go on from, leaves it closed.
+    """
     try:
-        return os.readlink(f"/proc/self/fd/{fd}")
+        driver = ctypes.CDLL(DRIVER, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:
-        return ""  # of the listing itself
+        return False  # it is not even loaded
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != NOT_INITIALIZED)
