@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from msgspec import structs
 
 from bench.scaling.published import FLUX, HUNYUAN, PIXART, SD3, degrees
 from tests.daemon.test_planner import VAE
@@ -16,7 +19,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 L40 = "NVIDIA L40"
 
 
-def plan(shape: str = "1", **more: str) -> Plan:
+def plan(shape: str = "1", **more: Any) -> Plan:
     made = degrees(shape)
     count = 1
     for degree in made.values():
@@ -70,6 +73,35 @@ def test_a_measured_step_is_told_as_it_was_and_corrects_the_others():
 )
 def test_what_is_not_known_is_not_told(model, device, size):
     assert estimate(model, plan(), size, "bfloat16", device) is None
+
+
+def test_shared_weights_are_waited_for_where_the_links_are_slow_and_hidden_where_they_are_fast():
+    def ratio(device: str, size: tuple[int, int]) -> float:
+        shared = step(
+            structs.replace(FLUX, parameters=11_900_000_000),
+            plan("ulysses 2", shard=True),
+            size,
+            "bfloat16",
+            speed_of(device),
+        )
+        return shared / seconds(FLUX, "ulysses 2", device, size)
+
+    assert 1 < ratio(H100, SIZE) < 1.05, "a layer comes while the one before it runs"
+    assert ratio(L40, (256, 256)) > 2, "24 GB a call come slower than few tokens are computed"
+
+
+def test_a_step_of_shared_weights_is_not_told_as_one_of_whole_ones():
+    shared, whole = plan("ulysses 2", shard=True), plan("ulysses 2")
+    for measured, other in ((shared, whole), (whole, shared)):
+        seen = [(measured, 7.0)]
+        assert estimate(FLUX, measured, SIZE, "bfloat16", H100, seen).basis == "measured"
+        assert estimate(FLUX, other, SIZE, "bfloat16", H100, seen).basis == "calibrated"
+
+
+def test_what_has_no_steps_is_told_none_whatever_was_measured():
+    decoded = [(plan(), 3.0)]
+    assert estimate(VAE, plan(), SIZE, "bfloat16", H100, decoded) is None
+    assert estimate(structs.replace(VAE, part="clip"), plan(), SIZE, "bfloat16", H100, decoded) is None
 
 
 def test_weights_that_wait_in_the_hosts_memory_have_no_estimate():

@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import structs
 
 from xditd.daemon import planner
-from xditd.daemon.costs import PATCH, Estimate
+from xditd.daemon.costs import PATCH, Estimate, alike
 from xditd.daemon.residency import weights
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.explaining import Candidate
@@ -96,7 +96,7 @@ def explain(
     further = offloads + (sharded if len(devices) > 1 and info.part == "transformer" else [])
     for shape in shapes(len(devices), info.part) + further:
         plan = structs.replace(Plan(devices=devices[: _count(shape)]), **shape)
-        if chosen is not None and _shape(plan) == _shape(chosen):
+        if chosen is not None and alike(plan, chosen):
             continue
         try:
             planner.check(plan, info)
@@ -135,10 +135,6 @@ def shapes(count: int, part: str = "transformer") -> list[dict[str, Any]]:
                 if count % degree == 0 and (first != "cfg" or degree == planner.GUIDED):
                     found.append({first: degree, second: count // degree})
     return [*found, {}]
-
-
-def _shape(plan: Plan) -> tuple[Any, ...]:
-    return plan.offload, plan.shard, *(getattr(plan, name) for name in ALL_DEGREES)
 
 
 def _count(shape: Mapping[str, Any]) -> int:

@@ -4,7 +4,7 @@ A step's seconds are its arithmetic at the device's speed, over the ranks that s
 two operations for each weight and token of the blocks' linear layers, 4·N²·width a block for attention over N tokens. What is
 sent, of p tokens of hidden size hs in L blocks over n ranks, is the table of xDiT (arXiv 2411.01738 and the README of its repository):
 tensor 4·p·hs·L, Ulysses 4/n·p·hs·L, ring 2·p·hs·L behind the attention, PipeFusion 2·p·hs behind everything; here each times the (n − 1)/n
-that leaves a rank. Every message costs its latency, too. The text's part, norms, kernels' starts and what is computed outside of blocks are
+that leaves a rank. Ranks that share weights gather each layer's behind the layer before it (FSDP2): what computing does not hide is waited for. Every message costs its latency, too. The text's part, norms, kernels' starts and what is computed outside of blocks are
 left out: a measured step makes up for them, since its ratio to this model corrects the estimates of other plans.
 """
 
@@ -14,7 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from xditd.protocol.plans import ModelInfo, Plan
+from xditd.catalog.detection import role
+from xditd.protocol.plans import DEGREES, ModelInfo, Plan
 from xditd.protocol.tensors import ITEMSIZE
 
 PATCH = 2
@@ -130,7 +131,21 @@ def step(info: ModelInfo, plan: Plan, size: tuple[int, int], dtype: str, speed: 
     sequence = plan.ulysses * plan.ring
     shared = sequence * plan.tensor * plan.pipefusion
     computed = (call.linear + call.attention) / shared / speed.flops
-    return calls * (computed + _sent(call, plan, ITEMSIZE[dtype], speed)) + (plan.cfg > 1) * speed.latency
+    waits = _sent(call, plan, ITEMSIZE[dtype], speed)
+    if plan.shard:
+        waits += _gathered(info.parameters * ITEMSIZE[dtype], call.blocks, sequence, computed, speed)
+    return calls * (computed + waits) + (plan.cfg > 1) * speed.latency
+
+
+def _gathered(weights: float, blocks: int, ranks: int, computed: float, speed: Speed) -> float:
+    """Seconds of one call for which ranks wait for weights that they share: the first layer's, and what computing does not hide.
+
+    Args:
+        weights: bytes of all ranks' shares.
+        computed: seconds of the call's own work.
+    """
+    layer = weights * (ranks - 1) / ranks / blocks / speed.link + speed.latency
+    return layer + max(0.0, (blocks - 1) * layer - computed)
 
 
 def _sent(call: Call, plan: Plan, itemsize: int, speed: Speed) -> float:
@@ -182,12 +197,12 @@ def estimate(
         measured: seconds of a step of this size, by the plan that it was done under.
 
     Returns:
-        None where neither the model nor a measurement tells.
+        None where neither the model nor a measurement tells, and of a VAE or a text encoder.
     """
-    if not all(size):
-        return None
+    if not all(size) or role(info.part) != "transformer":
+        return None  # nothing else has steps; and a picture of a VAE is no measure of one
     for other, seconds in measured:
-        if _shape(other) == _shape(plan):
+        if alike(other, plan):
             return Estimate(seconds, "measured")
     speed = speed_of(device)
     if speed is None or plan.offload:
@@ -205,5 +220,10 @@ def estimate(
     return Estimate(told * ratios[len(ratios) // 2], "calibrated")
 
 
+def alike(one: Plan, other: Plan) -> bool:
+    """Whether two plans are the same but for their devices, and what says why they were chosen."""
+    return _shape(one) == _shape(other)
+
+
 def _shape(plan: Plan) -> tuple[object, ...]:
-    return (plan.cfg, plan.ulysses, plan.ring, plan.pipefusion, plan.tensor, plan.patch, plan.offload)
+    return plan.offload, plan.shard, *(getattr(plan, name) for name in DEGREES)
