@@ -16,7 +16,9 @@ from tests.comfy.inside import own
 
 own.enter()
 
+from xditd.models.reading import held  # noqa: E402
 from xditd.protocol import orders  # noqa: E402
+from xditd.protocol.noise import Noise  # noqa: E402
 from xditd.rank import main as rank  # noqa: E402
 from xditd.rank.answers import Answer  # noqa: E402
 from xditd.rank.denoiser import Denoiser  # noqa: E402
@@ -70,6 +72,15 @@ class NoLoras:
         assert not wanted
 
 
+class Resident:
+    """Its weights are always on the device: a `models.weights.Weights` that never sleeps."""
+
+    offload = None
+
+    def counted(self, network: torch.nn.Module) -> tuple[int, int]:
+        return held(network), 0
+
+
 class Network:
     """ComfyUI's module of a family as `models.families.Transformer` has it."""
 
@@ -78,6 +89,8 @@ class Network:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.condition = CONDITIONINGS[family]
         self.loras = NoLoras()
+        self.weights = Resident()
+        self.noise = Noise(predicts="flow")  # of the daemon's own loop, which these ranks are not asked for
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         batch = x.shape[0]
@@ -98,7 +111,7 @@ class Batching(Denoiser):
     def denoise(self, order: orders.TurnDenoise, frames: Frames) -> Answer:
         alike: dict[Any, list[int]] = {}
         given = [
-            (self._transfer.receive(item.x, frames), self._conditioning(order.run, item.conditioning))
+            (self._transfer.receive(item.x, frames), self._inputs.conditioning(order.run, item.conditioning))
             for item in order.items
         ]
         for i, (x, conditioning) in enumerate(given):
