@@ -9,6 +9,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from xditd.client import folders
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Loaded, ModelRef, PlanRequest
 
@@ -98,8 +99,8 @@ class LoadCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
-                    options=folder_paths.get_filename_list("checkpoints"),
-                    tooltip="The name of the checkpoint, a .safetensors file that the daemon sees too.",
+                    options=_listed("checkpoints"),
+                    tooltip="The name of the checkpoint, a .safetensors file or a folder that the daemon sees too.",
                 ),
                 *_choices(),
             ],
@@ -143,7 +144,7 @@ class LoadUNet(io.ComfyNode):
             category=CATEGORY,
             description="Loads a diffusion model in the xDiT daemon, over several GPUs.",
             inputs=[
-                io.Combo.Input("unet_name", options=_diffusion_models()),
+                io.Combo.Input("unet_name", options=_listed("diffusion_models")),
                 io.Combo.Input(
                     "weight_dtype",
                     options=["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"],
@@ -176,7 +177,7 @@ class LoadVAE(io.ComfyNode):
             category=CATEGORY,
             description="Loads a VAE in the xDiT daemon. The stock VAE Decode, Encode and their tiled twins take it.",
             inputs=[
-                io.Combo.Input("vae_name", options=folder_paths.get_filename_list("vae")),
+                io.Combo.Input("vae_name", options=_listed("vae")),
                 *_device_choices(SHARING),
             ],
             outputs=[io.Vae.Output()],
@@ -197,7 +198,7 @@ def _clip_loader(
     """A loader of one, two or three text encoders.
 
     Args:
-        names: of its inputs for files.
+        names: of its inputs for encoders.
         types: that so many files can make.
         asks: whether it has the stock loader's inputs type and device.
     """
@@ -205,7 +206,7 @@ def _clip_loader(
     class LoadCLIP(io.ComfyNode):
         @classmethod
         def define_schema(cls) -> io.Schema:
-            files = folder_paths.get_filename_list("text_encoders")
+            encoders = _listed("text_encoders")
             chosen = (
                 []
                 if not asks
@@ -231,7 +232,7 @@ def _clip_loader(
                 category=CATEGORY,
                 description="Loads text encoders in the xDiT daemon. The stock CLIP Text Encode nodes take them.",
                 inputs=[
-                    *(io.Combo.Input(name, options=files) for name in names),
+                    *(io.Combo.Input(name, options=encoders) for name in names),
                     *chosen,
                     *stock,
                     *_device_choices(),
@@ -280,11 +281,18 @@ GGUF = "xdit_gguf"
 """A kind of ours in ComfyUI's table: it lists no GGUF files on its own."""
 
 
-def _diffusion_models() -> list[str]:
-    """Files of diffusion models that the daemon may load: those that ComfyUI lists, and GGUF files beside them."""
-    folders = folder_paths.get_folder_paths("diffusion_models")
-    folder_paths.folder_names_and_paths[GGUF] = (list(folders), {".gguf"})
-    return [*folder_paths.get_filename_list("diffusion_models"), *folder_paths.get_filename_list(GGUF)]
+def _listed(kind: str) -> list[str]:
+    """What the daemon may load of a kind: the files that ComfyUI lists, GGUF files beside them, and folders that are one model.
+
+    The daemon is not asked: it may be away while ComfyUI makes its lists.
+    """
+    roots = folder_paths.get_folder_paths(kind)
+    files = folder_paths.get_filename_list(kind)
+    found = folders.offered(kind, roots, files)
+    if kind != "diffusion_models":
+        return [*files, *found]
+    folder_paths.folder_names_and_paths[GGUF] = (list(roots), {".gguf"})
+    return [*files, *folder_paths.get_filename_list(GGUF), *found]
 
 
 def _plan(choices: dict[str, Any]) -> PlanRequest:
@@ -307,9 +315,16 @@ def _plan(choices: dict[str, Any]) -> PlanRequest:
 
 
 def _dispatcher(kind: str, name: str, choices: dict[str, Any]) -> Dispatcher:
-    path = folder_paths.get_full_path_or_raise(kind, name)
-    ref = ModelRef(kind=kind, name=name.replace(os.sep, "/"), size=os.path.getsize(path))
+    ref = ModelRef(kind=kind, name=name.replace(os.sep, "/"), size=_size(kind, name))
     return Dispatcher((choices.get("endpoint") or "").strip(), ref, _plan(choices))
+
+
+def _size(kind: str, name: str) -> int:
+    """Of a file or a folder, in bytes: by it the daemon tells whether it sees the same."""
+    folder = folders.find(kind, folder_paths.get_folder_paths(kind), name)
+    if folder is not None:
+        return folders.size(kind, folder)
+    return os.path.getsize(folder_paths.get_full_path_or_raise(kind, name))
 
 
 def _load(spec: Dispatcher) -> Loaded:

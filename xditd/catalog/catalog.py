@@ -12,13 +12,14 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from xditd.catalog import folders, lora_fit
+from xditd.catalog import lora_fit, pipelines
 from xditd.catalog.detection import Recognised, recognise, role
 from xditd.catalog.families import TRANSFORMERS
 from xditd.catalog.header import Header
 from xditd.catalog.roots import ModelFile, Roots, canonical
 from xditd.catalog.sentences import shown
 from xditd.catalog.weights import read_weights
+from xditd.protocol import folders
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.plans import LoraMatch, LoraRef, ModelInfo, ModelRef, SkippedFile
 from xditd.protocol.tensors import FLOATS
@@ -268,7 +269,7 @@ def _read_pipeline(kind: str, name: str, path: str) -> dict[str, Recognised | Xd
     Which text encoder a folder has is told by its keys. Where those cannot be read, it may be any that is missing: each of
     these then says why.
     """
-    listed = folders.parts(path, f"{kind}/{name}")
+    listed = pipelines.parts(path, f"{kind}/{name}")
     missing = XditError(
         Code.UNKNOWN_FAMILY,
         f"{kind}/{shown(name)} is a pipeline without this part; it has {', '.join(listed)}.",
@@ -277,14 +278,14 @@ def _read_pipeline(kind: str, name: str, path: str) -> dict[str, Recognised | Xd
     with_bert = "BertModel" in listed.values()
     unread: list[XditError] = []
     for below in listed:
-        part = folders.PARTS.get(below, "text_encoder")
+        part = pipelines.PARTS.get(below, "text_encoder")
         try:
             header = read_weights(os.path.join(path, below), f"{kind}/{name}/{below}")
             found: Recognised | XditError = replace(recognise(header, part), below=below)
         except XditError as error:
             found = _anew(error)
         if part == "text_encoder" and isinstance(found, Recognised):
-            part = folders.text_part(found.family, found.variant, with_bert)
+            part = pipelines.text_part(found.family, found.variant, with_bert)
         if part in parts:
             parts[part] = found
         elif isinstance(found, XditError):
@@ -362,10 +363,9 @@ def _stamp(kind: str, path: str) -> _Stamp:
     status = os.stat(path)
     if not stat.S_ISDIR(status.st_mode):
         return _Stamp(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
-    seen = sorted((inside, os.stat(inside)) for inside in folders.contents(path, kind))
-    size = sum(each.st_size for inside, each in seen if inside.endswith(".safetensors"))
+    seen = folders.stats(path, kind)
     last = hash(tuple((inside, each.st_size, each.st_mtime_ns, each.st_ino) for inside, each in seen))
-    return _Stamp(size, last, status.st_ino, status.st_dev)
+    return _Stamp(folders.size(seen), last, status.st_ino, status.st_dev)
 
 
 _ECHO_INFO = ModelInfo(

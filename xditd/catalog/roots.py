@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xditd.catalog import folders
 from xditd.catalog.extra_paths import read_extra_paths
 from xditd.catalog.sentences import shown
+from xditd.protocol import folders
 from xditd.protocol.errors import Code, XditError
 
 ALIASES = {

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from xditd.catalog import quantised
-from xditd.catalog.folders import INDEX, marks
 from xditd.catalog.gguf import MAGIC, read_gguf
 from xditd.catalog.header import MAX_HEADER, Header, TensorEntry, opened, read_header
+from xditd.catalog.pipelines import marks
 from xditd.catalog.sentences import shown
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.folders import INDEX
 
 MAX_SHARDS = 1000
 

@@ -22,7 +22,7 @@ IGNORED = frozenset({"pos_embed.pos_embed"})
 
 MARKS = ("v_pred", "ztsnr")
 """Keys without a value that the makers' files say with what diffusers writes into a scheduler's configuration
-(`catalog.folders`), and a header's metadata here."""
+(`catalog.pipelines`), and a header's metadata here."""
 
 
 def detect(family: Family, header: Header, prefix: str) -> Detected | None:

@@ -1,64 +1,25 @@
-"""Folders that are one model, as diffusers saves them: which they are, and where their parts are.
+"""What is in a pipeline's folder: which parts, where, and what it says of their noise.
 
-A folder with `config.json` and weights beside it is a model, a folder with `model_index.json` a pipeline, whose models are in
-folders of its own. Reads those two files' names and the small JSON that tells a pipeline's parts; weights are `weights`'.
+Reads the small JSON that tells it; which folders are models and pipelines is `protocol.folders`', weights are `weights`'.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator
 from typing import Any
 
 from xditd.catalog.header import MAX_HEADER, opened
 from xditd.catalog.sentences import shown
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.folders import PIPELINE
 
-INDEX = ".safetensors.index.json"
-"""Ends the name of the file that says which shard has which tensor."""
-
-CONFIG = "config.json"
-PIPELINE = "model_index.json"
 SCHEDULER = os.path.join("scheduler", "scheduler_config.json")
 
 PARTS = {"transformer": "transformer", "unet": "transformer", "vae": "vae"}
 """What a pipeline calls its folders, and which part each is; text encoders are told by their keys."""
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-
-KINDS = ("diffusion_models", "checkpoints", "vae")
-"""Kinds that a pipeline may lie under; elsewhere its folders count for themselves."""
-
-
-def is_pipeline(names: Collection[str], kind: str) -> bool:
-    """Whether a folder with these names in it is a pipeline."""
-    return PIPELINE in names and kind in KINDS
-
-
-def is_model(names: Collection[str], kind: str) -> bool:
-    """Whether a folder with these names in it is one model, or one pipeline of models."""
-    if is_pipeline(names, kind):
-        return True
-    if CONFIG not in names or kind == "loras":
-        return False
-    files = [name for name in names if name.endswith(".safetensors")]
-    plain = [
-        name for name in files if name.count(".") == 1
-    ]  # the others are variants: "model.fp16.safetensors"
-    return any(name.endswith(INDEX) for name in names) or 1 in (len(files), len(plain))
-
-
-def contents(folder: str, kind: str) -> Iterator[str]:
-    """The path of everything that a model's folder is read from; of a pipeline, of what is in its folders as well."""
-    with os.scandir(folder) as entries:
-        found = list(entries)
-    pipeline = is_pipeline([entry.name for entry in found], kind)
-    for entry in found:
-        yield entry.path
-        if pipeline and entry.is_dir():
-            with os.scandir(entry.path) as inner:
-                yield from [below.path for below in inner]
 
 
 def parts(folder: str, name: str) -> dict[str, str]:
