@@ -65,8 +65,10 @@ def test_neither_nvml_nor_cuda_is_asked_for_a_gpu_by_the_import_of_diffusers() -
     """With torch made to believe that it was built for CUDA: this is no machine with a GPU."""
     told = tell(
         """
-import json, torch
+import json, os
 from xditd.rank import preload
+os.environ.update(preload.FOR_IMPORTS)  # torch is imported before its step here, and numpy with it
+import torch
 asked = []
 def asking(name, answer):
     def ask(*arguments):
