@@ -67,7 +67,7 @@ def test_neither_nvml_nor_cuda_is_asked_for_a_gpu_by_the_import_of_diffusers() -
         """
 import json, os
 from xditd.rank import preload
-os.environ.update(preload.FOR_IMPORTS)  # torch is imported before its step here, and numpy with it
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as the nursery has it: numpy comes with torch
 import torch
 asked = []
 def asking(name, answer):
