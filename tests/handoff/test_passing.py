@@ -176,6 +176,23 @@ def test_segments_go_to_another_process() -> None:
     daemon.close()
 
 
+def test_a_program_that_is_started_later_inherits_nothing_that_was_received() -> None:
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    given = create(SIZE)
+    passing.send(one, records.Segment(segment=1, nbytes=SIZE), given)
+    _, fd = passing.receive(two, records.Segment, 1)
+    assert fd is not None
+    held = subprocess.run(
+        ["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, text=True, check=True
+    )
+    assert "memfd:xditd" in os.readlink(f"/proc/self/fd/{fd}")
+    assert "memfd:xditd" not in held.stdout
+    for other in (given, fd):
+        os.close(other)
+    one.close()
+    two.close()
+
+
 def test_receive_only_looks_with_a_timeout_of_nothing() -> None:
     one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with pytest.raises(XditError) as failure:

@@ -52,9 +52,7 @@ def receive(sock: socket.socket, union: Any, timeout: float) -> tuple[Any, int |
     if not _readable(sock, timeout):
         raise XditError(Code.TIMEOUT, f"Nothing came over the socket within {timeout:.3g} s.")
     try:
-        raw, fds, flags, _ = socket.recv_fds(
-            sock, records.MAX_RECORD, 1, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-        )
+        raw, fds, flags = receive_fds(sock, records.MAX_RECORD, 1, socket.MSG_DONTWAIT)
     except ConnectionError as error:
         raise EndOfFile from error
     except BlockingIOError as error:
@@ -76,6 +74,28 @@ def receive(sock: socket.socket, union: Any, timeout: float) -> tuple[Any, int |
         for other in fds:
             os.close(other)
         raise
+
+
+def receive_fds(sock: socket.socket, nbytes: int, count: int, flags: int = 0) -> tuple[bytes, list[int], int]:
+    """One record and the descriptors that came with it, which no program that is started later inherits.
+
+    As `socket.recv_fds`, which in CPython ignores its flags, and so lets every child have what it received.
+
+    Args:
+        nbytes: of the longest record.
+        count: of the most descriptors.
+        flags: of recvmsg.
+
+    Returns:
+        The record, the descriptors, and the flags that recvmsg answers.
+    """
+    fds = array.array("i")
+    room = socket.CMSG_LEN(count * fds.itemsize)
+    raw, ancillary, answered, _ = sock.recvmsg(nbytes, room, flags | socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return raw, fds.tolist(), answered
 
 
 def pass_segment(sock: socket.socket, segment_id: int, fd: int, nbytes: int) -> None:

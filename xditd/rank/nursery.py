@@ -18,6 +18,7 @@ import traceback
 
 import msgspec
 
+from xditd.handoff.passing import receive_fds
 from xditd.protocol.births import MAX_BIRTH, MAX_FDS, PID, Birth, Warm
 from xditd.rank.main import die_with, go_by, live
 from xditd.rank.preload import preload
@@ -57,7 +58,7 @@ def serve(daemon: socket.socket, *, waiting: bool = False) -> None:
     while True:
         if waiting and not there.poll(0):
             return
-        record, fds, *_ = socket.recv_fds(daemon, MAX_BIRTH, MAX_FDS)
+        record, fds, _ = receive_fds(daemon, MAX_BIRTH, MAX_FDS)
         if not record:
             return
         birth = msgspec.json.decode(record, type=Birth)
