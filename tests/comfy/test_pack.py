@@ -142,6 +142,20 @@ def test_every_node_has_its_help_pages(node: str) -> None:
             assert named["tooltip"] in page
 
 
+FAMILIES = {"flux": "FLUX.1", "sd3": "SD3", "pixart": "PixArt", "hunyuandit": "HunyuanDiT", "sdxl": "SDXL"}
+
+
+@pytest.mark.parametrize("node", ["XDiTCheckpointLoader", "XDiTUNETLoader", "XDiTVAELoader"])
+def test_a_loaders_pages_name_every_family(node: str) -> None:
+    assert {path.stem for path in (PACK / "families").glob("*.py")} - {"__init__", "conditioning"} == {
+        *FAMILIES
+    }
+    for language in LANGUAGES:
+        page = (PACK / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
+        (known,) = re.findall(r"^(?:This version knows|当前版本支持) .*$", page, re.MULTILINE)
+        assert [name for name in FAMILIES.values() if name not in known] == []
+
+
 def test_no_page_is_of_a_node_that_is_not_there() -> None:
     docs = PACK / "web" / "docs"
     assert {path.stem for path in docs.iterdir()} == set(WIDGETS)
