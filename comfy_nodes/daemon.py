@@ -11,7 +11,7 @@ import comfy.model_management
 import comfy.utils
 import comfyui_version
 
-from xditd.client import Client
+from xditd.client import Client, Degraded
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
 
@@ -65,6 +65,8 @@ def telling(what: str) -> Callable[[Any], None]:
                 say(f"⏳ {what}: {event.phase}")
         elif isinstance(event, m.Rebound):
             say(f"⚠️ {event.reason}: it goes on with {event.group}; the result is a true one")
+        elif isinstance(event, Degraded):
+            say(f"⚠️ {what}: degraded: {event.reason}")
 
     return tell
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tests.cli import reports
@@ -12,11 +12,16 @@ from xditd.protocol.noise import Noise
 
 
 class Scripted:
-    """Plays `xditd.client.Client`. `answers` holds a value, a function or an error to raise by method name."""
+    """Plays `xditd.client.Client`. `answers` holds a value, a function or an error to raise by method name.
+
+    Args:
+        events: by method name, what is heard while it is waited for, beside the phases.
+    """
 
     daemon_version = "0.1.0"
 
-    def __init__(self, **answers: Any) -> None:
+    def __init__(self, events: Mapping[str, Sequence[Any]] | None = None, **answers: Any) -> None:
+        self.events = events or {}
         self.answers: dict[str, Any] = {
             "status": reports.report(),
             "models": reports.models(),
@@ -62,6 +67,8 @@ class Scripted:
             if on_event is not None:
                 for phase in ("waiting", "importing", "importing", "loading"):
                     on_event(Queued(re=1, run=None, position=0, phase=phase))
+                for event in self.events.get(name, ()):
+                    on_event(event)
             return self._answer(name)
 
         return method
@@ -94,7 +101,6 @@ class ScriptedRun:
         self.fails = fails
         self.conditioning: dict[str, tuple[Any, Any]] = {}
         self.sampled: dict[str, Any] = {}
-        self.decodes = ""  # why it decodes otherwise than it is asked to
         self.ended: list[str] = []
 
     def put_conditioning(self, key: str, tensors: Any, values: Any) -> None:
@@ -107,10 +113,6 @@ class ScriptedRun:
             if self.fails is not None:
                 raise self.fails
         return noise * 0.5
-
-    def decode(self, latent: Any) -> Any:
-        self.degraded = self.degraded or self.decodes
-        return latent[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3).movedim(1, -1).sigmoid()
 
     def cancel(self) -> None:
         self.ended.append("cancel")

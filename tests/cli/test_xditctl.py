@@ -19,6 +19,7 @@ from tests.cli.stand_in import Scripted, ScriptedRun
 from xditd.cli import commands
 from xditd.cli.status_view import status_view
 from xditd.cli.xditctl import main
+from xditd.client import Degraded
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.figures import PreloadStatus
 from xditd.protocol.messages import Loaded, ModelList, ModelRef, PlanRequest, StatusReport
@@ -291,11 +292,12 @@ def test_wait_ready_names_the_models_that_still_load(ask):
 def test_sample_goes_from_a_file_to_a_picture(ask, tmp_path):
     save_file({"context": torch.ones(1, 5, 64), "pooled": torch.ones(1, 32)}, tmp_path / "prompt.safetensors")
     run = ScriptedRun()
-    run.decodes = "it was computed in tiles"
     result = ask(
         f"sample diffusion_models/small.safetensors --conditioning {tmp_path}/prompt.safetensors --vae vae/ae.safetensors "
-        f"--size 64x32 --steps 4 --seed 7 --sampler heun -o {tmp_path}/x.png --save-latent {tmp_path}/x.latent",
+        f"--size 64x32 --steps 4 --seed 7 --sampler heun -o {tmp_path}/x.png --save-latent {tmp_path}/x.latent --tile 512",
         open_run=run,
+        decode=torch.rand(1, 32, 64, 3),
+        events={"decode": [Degraded("ae.safetensors", "it was computed in tiles")]},
     )
     assert result.exit_code == 0, result.output
     tensors, values = run.conditioning["positive"]
@@ -304,7 +306,9 @@ def test_sample_goes_from_a_file_to_a_picture(ask, tmp_path):
     torch.manual_seed(7)
     assert torch.equal(run.sampled["noise"], torch.randn(1, 16, 4, 8))
     assert (len(run.sampled["sigmas"]), run.sampled["sampler"], run.sampled["negative"]) == (5, "heun", None)
-    assert run.ended == ["close", "close"], "the sampling's, and the picture's"
+    assert run.ended == ["close"]
+    (tile,) = (named["tile"] for name, _, named in result.client.asked if name == "decode")
+    assert tile == 512
     assert "degraded: it was computed in tiles" in result.stderr
     latent = load_file(tmp_path / "x.latent")["latent_tensor"]
     assert torch.allclose(latent, run.sampled["noise"] * 0.5 / 0.3611 + 0.1159), (
@@ -348,6 +352,7 @@ def test_ctrl_c_cancels_the_run(ask, tmp_path):
     [
         ("--save-latent x", "one of --conditioning"),
         ("--random-conditioning", "--vae for a picture"),
+        ("--random-conditioning --save-latent x --tile 512", "give both"),
         ("--random-conditioning --save-latent x --size 100x100", "multiples of 8"),
         ("--random-conditioning --save-latent x --size big", "is not a size"),
         ("--random-conditioning --save-latent x --sigmas 1,a", "not a list of numbers"),

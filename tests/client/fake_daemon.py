@@ -53,6 +53,7 @@ class FakeDaemon:
         hold: kinds of requests, by tag, that are kept until `let_go`. With "progress", a sample waits after each step;
             without, its steps take no time, and a preview may be written over before anybody has heard of it.
         lanes: clients that share memory get a lane.
+        degraded: why runs are opened, or pictures decoded and encoded, otherwise than asked: by the answer's tag.
         goodbyes: clients may say goodbye; without, it is a daemon of before there was one.
         seen: every request that came, in order.
     """
@@ -64,6 +65,7 @@ class FakeDaemon:
         self.epoch = os.urandom(4).hex()
         self.version = version
         self.lanes = False
+        self.degraded: dict[str, str] = {}
         self.goodbyes = True
         self.hold: set[str] = set()
         self.seen: list[Any] = []
@@ -255,7 +257,10 @@ class FakeDaemon:
                 )
             number = next(self._runs)
             self._send(peer, m.Queued(re=message.id, run=number, position=0, phase="loading"))
-            return m.RunOpened(re=message.id, run=number, group="g1", plan=PLAN, model=MODEL), out
+            degraded = self.degraded.get("run_opened", "")
+            return m.RunOpened(
+                re=message.id, run=number, group="g1", plan=PLAN, model=MODEL, degraded=degraded
+            ), out
         if isinstance(message, m.PutConditioning):
             return m.ConditioningPut(re=message.id, run=message.run, key=message.key), out
         if isinstance(message, m.Denoise):
@@ -268,7 +273,10 @@ class FakeDaemon:
             latent = self._read(peer, message.latent, frames)
             image = latent[:, :3].permute(0, 2, 3, 1).repeat_interleave(8, 1).repeat_interleave(8, 2).float()
             return m.Decoded(
-                re=message.id, image=self._write(peer, image, message.out, out), seconds=0.0
+                re=message.id,
+                image=self._write(peer, image, message.out, out),
+                seconds=0.0,
+                degraded=self.degraded.get("decoded", ""),
             ), out
         if isinstance(message, m.Encode):
             image = (
@@ -277,7 +285,10 @@ class FakeDaemon:
                 .repeat(1, 16, 1, 1)
             )
             return m.Encoded(
-                re=message.id, latent=self._write(peer, image, message.out, out), seconds=0.0
+                re=message.id,
+                latent=self._write(peer, image, message.out, out),
+                seconds=0.0,
+                degraded=self.degraded.get("encoded", ""),
             ), out
         if isinstance(message, m.Cancel):
             return m.Cancelled(re=message.id, run=message.run), out

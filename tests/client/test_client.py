@@ -10,7 +10,7 @@ import torch
 
 from tests.client.fake_daemon import FakeDaemon
 from tests.client.threads import later
-from xditd.client import Client
+from xditd.client import Client, Degraded, DegradedWarning
 from xditd.client.buffers import Buffer
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
@@ -184,6 +184,27 @@ def test_a_vae_decodes_and_encodes_in_a_run_of_its_own(daemon: FakeDaemon, clien
     assert len(daemon.wait_for("close", 2)) == 2
     del image, back
     assert in_use(client) == 0
+
+
+@pytest.mark.parametrize("tag", ["run_opened", "decoded"])
+def test_what_is_decoded_otherwise_than_asked_is_told_or_warned_of(
+    daemon: FakeDaemon, client: Client, tag: str
+) -> None:
+    heard: list[object] = []
+    client.decode("vae/ae.safetensors", x(1, 16, 4, 4), on_event=heard.append)
+    assert not any(isinstance(event, Degraded) for event in heard)
+    daemon.degraded[tag] = "it was done with less"
+    client.decode("vae/ae.safetensors", x(1, 16, 4, 4), on_event=heard.append)
+    assert heard[-1] == Degraded("x.safetensors", "it was done with less")
+    with pytest.warns(DegradedWarning, match=r"x\.safetensors was degraded: it was done with less") as warned:
+        client.decode("vae/ae.safetensors", x(1, 16, 4, 4))
+    assert [warning.filename for warning in warned] == [__file__], "the line that asked"
+
+
+def test_what_is_encoded_otherwise_than_asked_is_told_too(daemon: FakeDaemon, client: Client) -> None:
+    daemon.degraded["encoded"] = "it was done with less"
+    with pytest.warns(DegradedWarning, match="it was done with less"):
+        client.encode("vae/ae.safetensors", x(1, 16, 16, 3))
 
 
 def test_a_latent_of_a_shape_we_do_not_know_is_answered_with_a_frame(

@@ -12,7 +12,7 @@ from tests.live.conftest import FLUX, Serve
 from tests.live.service import Service
 from tests.live.test_image import AE, MODEL, SIGMAS, TOLERANCE, given, noise
 from tests.rank.reference import Reference, error, euler
-from xditd.client import Client, Run
+from xditd.client import Client, DegradedWarning, Run
 from xditd.models.making import flux_facts
 from xditd.protocol.errors import XditError
 from xditd.protocol.messages import Happened, PlanRequest, Rebound
@@ -143,6 +143,8 @@ def test_a_picture_that_memory_is_too_small_for_is_decoded_in_tiles(serve: Serve
             assert "in tiles of 512 pixels, which is approximate" in run.degraded
             assert told(client)[-1].message == run.degraded
         assert torch.equal(image, client.decode(AE, latent, plan, tile=512)), "one tile is the picture whole"
+        with pytest.warns(DegradedWarning, match="in tiles of 512 pixels"):
+            client.decode(AE, latent, plan)
         never = PlanRequest(offload="model", fallback="never")
         for asked, options in ((plan, {"tile": 0}), (never, {})):
             with pytest.raises(XditError) as failed:

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 from xditd.cli import words
+from xditd.client import Degraded
 from xditd.protocol.messages import Queued, Rebound
 
 PHASES = {
@@ -54,6 +55,8 @@ class PhaseBar:
             )
 
     def on_event(self, event: Any) -> None:
+        if isinstance(event, Degraded):
+            self.console.print(words.degraded(event.reason), style="yellow", markup=False)
         if isinstance(event, Rebound):
             self._say(f"{words.WARNING} run {event.run} moved to group {event.group}: {event.reason}")
         if not isinstance(event, Queued):

@@ -191,16 +191,16 @@ def given(client: Client, wish: Wish) -> tuple[Tensors | None, Tensors | None]:
     return positive, negative
 
 
-def decode(client: Client, vae: ModelRef, latent: torch.Tensor, console: Console) -> torch.Tensor:
-    """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] in 0..1, with the VAE's loading shown."""
-    with (
-        PhaseBar(console, words.model(vae)) as bar,
-        client.open_run(vae, label="decode", on_event=bar.on_event) as run,
-    ):
-        image = run.decode(latent)
-    if run.degraded:
-        console.print(f"{words.WARNING} degraded: {run.degraded}", style="yellow", markup=False)
-    return image
+def decode(
+    client: Client, vae: ModelRef, latent: torch.Tensor, console: Console, tile: int | None = None
+) -> torch.Tensor:
+    """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] in 0..1, with the VAE's loading shown, and what was degraded.
+
+    Args:
+        tile: as of `Run.decode`.
+    """
+    with PhaseBar(console, words.model(vae)) as bar:
+        return client.decode(vae, latent, tile=tile, on_event=bar.on_event)
 
 
 def cancel(run: Run) -> None:

@@ -215,7 +215,7 @@ def load(
     if len(answer.groups) > 1:
         console.print(f"   {len(answer.groups)} replicas: groups {words.joined(answer.groups)}", markup=False)
     if answer.degraded:
-        console.print(f"{words.WARNING} degraded: {answer.degraded}", style="yellow", markup=False)
+        console.print(words.degraded(answer.degraded), style="yellow", markup=False)
     for warning in answer.warnings:
         console.print(f"{words.WARNING} {warning}", style="yellow", markup=False)
     if answer.plan.reason:

@@ -92,6 +92,11 @@ class Lora(click.ParamType):
 )
 @click.option("--vae", type=MODEL, help="VAE to decode with; without it only --save-latent makes sense.")
 @click.option(
+    "--tile",
+    type=click.IntRange(0, 1 << 16),
+    help="Side in pixels of tiles to decode in, which is approximate; 0: the picture whole. Default: in tiles where memory runs out.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -152,6 +157,7 @@ def sample(
     prompt: str | None,
     random_conditioning: bool,
     vae: ModelRef | None,
+    tile: int | None,
     output: Path,
     save_latent: Path | None,
     asked: PlanRequest,
@@ -172,6 +178,8 @@ def sample(
         raise click.UsageError("Give one of --conditioning FILE, --prompt TEXT and --random-conditioning.")
     if vae is None and save_latent is None:
         raise click.UsageError("Give --vae for a picture, or --save-latent for the latent alone.")
+    if vae is None and tile is not None:
+        raise click.UsageError("--tile says how --vae decodes: give both.")
     wish = Wish(
         model=msgspec.structs.replace(model, dtype=dtype or ""),
         plan=asked,
@@ -189,14 +197,14 @@ def sample(
             markup=False,
         )
         if drawn.degraded:
-            console.print(f"{words.WARNING} degraded: {drawn.degraded}", style="yellow", markup=False)
+            console.print(words.degraded(drawn.degraded), style="yellow", markup=False)
         for match in drawn.lora:
             console.print(f"   {words.lora(match)}", markup=False)
         if save_latent is not None:
             files.write_latent(save_latent, drawn.latent)
             console.print(f"   {save_latent}", markup=False, soft_wrap=True)
         if vae is not None:
-            image = decode(client, vae, drawn.latent, stderr())
+            image = decode(client, vae, drawn.latent, stderr(), tile)
             notes = {
                 "seed": str(wish.seed),
                 "sampler": wish.sampler,

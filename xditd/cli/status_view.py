@@ -46,7 +46,7 @@ def runs_view(runs: Iterable[RunStatus]) -> RenderableType:
         state = f"{run.state} ({run.position}.)" if run.position else run.state
         label = Text(run.label)
         if run.degraded:
-            label.append(f" {words.WARNING} degraded: {run.degraded}", style="yellow")
+            label.append(f" {words.degraded(run.degraded)}", style="yellow")
         if run.rebinds:
             label.append(f" {words.WARNING} moved {words.plural(run.rebinds, 'time')}", style="yellow")
         table.add_row(
@@ -101,7 +101,7 @@ def _group_body(group: GroupStatus) -> RenderableType:
     if group.plan.reason:
         parts.append(Text(group.plan.reason, style="dim"))
     if group.degraded:
-        parts.append(Text(f"{words.WARNING} degraded: {group.degraded}", style="yellow"))
+        parts.append(Text(words.degraded(group.degraded), style="yellow"))
     if group.problem:
         parts.append(Text(f"{words.FAILED} {group.problem}", style="red"))
     if group.ranks:

@@ -14,7 +14,7 @@ from xditd.cli import comparison, exits, words
 from xditd.cli.bars import PhaseBar
 from xditd.cli.commands import MODEL, connect, endpoint_option, json_option, print_json, stderr, stdout
 from xditd.cli.comparison import Compared
-from xditd.cli.drawing import Wish, prepare, random_conditioning, sampled
+from xditd.cli.drawing import Wish, decode, prepare, random_conditioning, sampled
 from xditd.cli.models import DTYPES
 from xditd.cli.sample import PictureSize
 from xditd.cli.shapes import columns
@@ -164,7 +164,7 @@ class _Trial:
                 raise
 
     def _decode(self, sampled: tuple[torch.Tensor, tuple[float, ...]]) -> Any:
-        return None if self.vae is None else self.client.decode(self.vae, sampled[0]).clone()
+        return None if self.vae is None else decode(self.client, self.vae, sampled[0], self.console).clone()
 
 
 def _show(results: list[Compared], console: Console) -> None:

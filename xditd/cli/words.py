@@ -88,6 +88,11 @@ def spelled(plan: Plan | PlanRequest) -> str:
     return " × ".join(f"{name} {degree}" for name, degree in degrees if degree > 1)
 
 
+def degraded(reason: str) -> str:
+    """A line about a result that was had with less than was asked for."""
+    return f"{WARNING} degraded: {reason}"
+
+
 def lora(match: LoraMatch) -> str:
     """ "ink.safetensors × 0.8: 36 of 40 modules, and 12 of text encoders left as they are"."""
     text = f", and {match.text} of text encoders left as they are" if match.text else ""

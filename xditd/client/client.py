@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePath
 from types import TracebackType
@@ -15,6 +16,7 @@ import zmq
 from msgspec import Struct
 
 from xditd.client.connection import Connection, Hear
+from xditd.client.degraded import Degraded, tell
 from xditd.client.request import anew
 from xditd.client.run import Interrupt, Run, forked
 from xditd.client.search import connect
@@ -23,7 +25,7 @@ from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.plans import LoraRef
 
-OnEvent = Callable[[Union[m.Queued, m.Rebound, m.Progress]], None]
+OnEvent = Callable[[Union[m.Queued, m.Rebound, m.Progress, Degraded]], None]
 
 Lora = Union[LoraRef, str, tuple[str, float]]
 """A LoRA as a program names it."""
@@ -239,11 +241,12 @@ class Client:
         interrupt: Interrupt | None = None,
         timeout: float | None = None,
     ) -> T:
-        """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] float32 in 0..1: a run of one turn. For `clamp` and `tile` see
-        `Run.decode`; whoever must know whether it was degraded opens a run of their own."""
-        with self.open_run(
-            vae_model, plan, label="decode", on_event=on_event, interrupt=interrupt, timeout=timeout
-        ) as run:
+        """Latent [B, C, h, w], unscaled, to image [B, H, W, 3] float32 in 0..1: a run of one turn.
+
+        For `clamp` and `tile` see `Run.decode`. What was degraded is told to `on_event` as `Degraded`; where there is none,
+        it is a `DegradedWarning`. So it is with `encode` and `encode_text`.
+        """
+        with self._one_turn(vae_model, plan, "decode", on_event, interrupt, timeout) as run:
             return run.decode(latent, clamp=clamp, tile=tile, interrupt=interrupt)
 
     def encode(
@@ -258,9 +261,7 @@ class Client:
         timeout: float | None = None,
     ) -> T:
         """Image [B, H, W, 3] in 0..1 to latent [B, C, h, w] float32, unscaled: a run of one turn. For `tile` see `Run.decode`."""
-        with self.open_run(
-            vae_model, plan, label="encode", on_event=on_event, interrupt=interrupt, timeout=timeout
-        ) as run:
+        with self._one_turn(vae_model, plan, "encode", on_event, interrupt, timeout) as run:
             return run.encode(image, tile=tile, interrupt=interrupt)
 
     def encode_text(
@@ -279,9 +280,7 @@ class Client:
         timeout: float | None = None,
     ) -> tuple[T, T | None]:
         """Tokens [B, n] to hidden states and the pooled output, as `Run.encode_text`: a run of one turn."""
-        with self.open_run(
-            text_model, plan, label="encode text", on_event=on_event, interrupt=interrupt, timeout=timeout
-        ) as run:
+        with self._one_turn(text_model, plan, "encode text", on_event, interrupt, timeout) as run:
             return run.encode_text(
                 tokens,
                 vectors=vectors,
@@ -379,6 +378,22 @@ class Client:
                     interrupt=interrupt,
                 )
             return self._connection
+
+    @contextmanager
+    def _one_turn(
+        self,
+        model: m.ModelRef | str,
+        plan: m.PlanRequest | None,
+        label: str,
+        on_event: OnEvent | None,
+        interrupt: Interrupt | None,
+        timeout: float | None,
+    ) -> Iterator[Run]:
+        with self.open_run(
+            model, plan, label=label, on_event=on_event, interrupt=interrupt, timeout=timeout
+        ) as run:
+            yield run
+        tell(run.model.name, run.degraded, on_event, depth=4)  # this, contextlib's, the method, who called it
 
     def _ask(
         self,

@@ -11,6 +11,7 @@ from comfy_nodes import daemon, sampling, say, status
 from tests.comfy.inside.conftest import load
 from tests.comfy.inside.test_model import ksampler
 from tests.live.service import Service
+from xditd.client import Degraded
 from xditd.protocol import messages as m
 from xditd.protocol.errors import XditError
 
@@ -29,8 +30,9 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (m.Queued(re=1, run=3, position=2, phase="waiting"), "⏳ a model: 2 before it"),
         (m.Queued(re=1, run=3, position=0, phase="loading"), "⏳ a model: loading"),
         (m.Rebound(re=1, run=3, group="g2", reason="its group g1 died"), "⚠️ its group g1 died: it goes on with g2; the result is a true one"),
+        (Degraded("ae.safetensors", "one device did it"), "⚠️ a model: degraded: one device did it"),
     ],
-    ids=["in the queue", "while the model loads", "when ranks died"],
+    ids=["in the queue", "while the model loads", "when ranks died", "when less did it"],
 )  # fmt: skip
 def test_waiting_is_told(said: list[str], event: Any, line: str) -> None:
     daemon.telling("a model")(event)
