@@ -90,9 +90,15 @@ def test_two_gpus_that_hold_less_compute_what_one_process_does(
     assert largest < 1e-3
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
-def test_a_kernel_can_be_merged_in_a_ring(dtype: torch.dtype, bound: float) -> None:
-    """Three blocks of unequal length, merged as torch's ring attention merges them, against one attention."""
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_a_kernel_can_be_merged_in_a_ring(
+    dtype: torch.dtype, bound: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three blocks of unequal length, merged as torch's ring attention merges them: no worse than the kernel on the whole.
+
+    Both against double precision. From Ampere on the efficient kernel makes a float32 product of three in TF32 (CUTLASS's
+    OpMultiplyAddFastF32), whose sums are cut off and not rounded: a few 1e-5 of these inputs, and in true float32 near 1e-5.
+    """
     from torch.distributed.tensor.experimental._context_parallel._attention import _SDPAMerger
 
     device = torch.device("cuda:0")
@@ -100,20 +106,23 @@ def test_a_kernel_can_be_merged_in_a_ring(dtype: torch.dtype, bound: float) -> N
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 
     kernel = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[attention.choose(device, dtype).xfuser]]
-    query, key, value = torch.randn(3, 2, 4, 331, 128, device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 331, 128, device=device, generator=generator).to(dtype)
+
+    def attend(begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        block = (x[:, :, begin:end].contiguous() for x in (key, value))
+        out, lse, *_ = kernel(query, *block, dropout_p=0.0, is_causal=False)
+        return out, lse
+
     merger = _SDPAMerger(True, seq_dim=1)
     for begin, end in ((0, 111), (111, 200), (200, 331)):
-        out, lse, *_ = kernel(
-            query,
-            key[:, :, begin:end].contiguous(),
-            value[:, :, begin:end].contiguous(),
-            dropout_p=0.0,
-            is_causal=False,
-        )
-        merger.step(out, lse, False)
-    merged, _ = merger.results()
+        merger.step(*attend(begin, end), False)
     expected = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (query, key, value)))
-    assert error(merged, expected.float()) < bound
+    whole, merged = (error(x, expected.float()) for x in (attend(0, 331)[0], merger.results()[0]))
+    with capsys.disabled():
+        print(f"\n  {dtype}: the kernel on the whole {whole:.1e}, merged {merged:.1e} from double")
+    assert max(whole, merged) < bound
+    assert merged < 4 * whole, "merging adds no more than a rounding"
 
 
 def test_a_sample_and_its_preview_come_back_from_the_gpu(tmp_path: Path) -> None:
