@@ -39,7 +39,6 @@ class Flux:
     Attributes:
         backbone: diffusers' module.
         call: what runs it. At first the module itself; `rank.parallel` puts itself in its place.
-        cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
     tokens = Tokens(image={"hidden_states": 1, "img_ids": 0}, text={"encoder_hidden_states": 1, "txt_ids": 0})

@@ -39,7 +39,6 @@ class HunyuanDiT:
     Attributes:
         backbone: diffusers' module, whose patch embedding is ours.
         call: what runs it. At first the module itself; `rank.parallel` puts itself in its place.
-        cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
     tokens = Tokens(image={"patches": 1, "cos": 0, "sin": 0}, attention=(("image",),))

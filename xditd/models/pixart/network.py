@@ -34,7 +34,6 @@ class PixArt:
     Attributes:
         backbone: diffusers' module, whose patch embedding is ours.
         call: what runs it. At first the module itself; `rank.parallel` puts itself in its place.
-        cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
     tokens = Tokens(image={"patches": 1, "places": 1}, attention=(("image",),))

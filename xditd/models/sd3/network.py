@@ -31,7 +31,6 @@ class SD3:
     Attributes:
         backbone: diffusers' module, whose patch embedding is ours.
         call: what runs it. At first the module itself; `rank.parallel` puts itself in its place.
-        cuts: by parameter, what of it this rank holds; of the rest it holds all.
     """
 
     splits = SPLITS
