@@ -6,19 +6,34 @@ is in buffers of the network's own, and what is away is NaN.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.rank.families import CASES, CPU, Case, normal
-from xditd.models.families import load
-from xditd.models.making import flux_facts, make_flux, make_vae
+from xditd.catalog.families.layers import layers
+from xditd.models.families import FAMILIES, load
+from xditd.models.making import bert_facts, clip_facts, flux_facts, make_flux, make_vae, t5_facts
 from xditd.models.making_loras import make_lora
-from xditd.models.reading import held
+from xditd.models.making_transformers import hunyuandit_facts, pixart_facts, sd3_facts, sdxl_facts
+from xditd.models.offload import Offload
+from xditd.models.reading import WeightFile, held
 from xditd.protocol.orders import Merge
+from xditd.protocol.plans import ModelInfo
 
 MODES = ("model", "layerwise")
+FACTS = {
+    "flux": flux_facts(),
+    "sd3": sd3_facts(),
+    "pixart": pixart_facts(),
+    "hunyuandit": hunyuandit_facts(),
+    "sdxl": sdxl_facts(),
+    "clip": clip_facts(),
+    "t5": t5_facts(),
+    "bert": bert_facts(),
+}
 KINDS = {name: CASES[name] for name in ("sd3.5_medium", "pixart_alpha", "hunyuandit_1.2", "sdxl")}
 
 
@@ -145,6 +160,22 @@ def test_a_turn_that_raises_leaves_nothing_behind(flux: Path, mode: str) -> None
         assert torch.equal(predict(network, given(network)), predict(whole, given(whole)))
 
 
+def test_a_turn_that_cannot_begin_leaves_nothing_behind(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, network = whole_and_offloaded(flux, "flux", "model")
+    offload = network.weights.offload
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("on the way")
+
+    with monkeypatch.context() as lacking:
+        lacking.setattr(offload._file, "value", fail)
+        with pytest.raises(torch.OutOfMemoryError), offload.turn():
+            raise AssertionError("it began without its weights")
+    assert offload.here == 0
+    with offload.turn():
+        assert torch.equal(predict(network, given(network)), predict(whole, given(whole)))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_it_sleeps_and_wakes(flux: Path, mode: str) -> None:
     whole, network = whole_and_offloaded(flux, "flux", mode)
@@ -163,3 +194,23 @@ def test_a_vae_comes_for_a_turn(tmp_path: Path) -> None:
     latent = normal(1, 16, 4, 4)
     with torch.no_grad(), network.weights.offload.turn():
         assert torch.equal(network.decode(latent), whole.decode(latent))
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.layers])
+def test_the_daemon_counts_by_facts_alone_what_comes_as_a_layer(flux: Path, family: str) -> None:
+    """Two tables say what the layers of a family are: `catalog.families` by the keys of its files, `models.families` by modules."""
+    facts = FACTS[family]
+    with torch.device("meta"):
+        network = FAMILIES[family].kind.empty(facts)
+    offload = Offload(network, FAMILIES[family].layers, WeightFile(flux), CPU, torch.float32)
+    largest = max(sum(math.prod(home.shape) for home in part.homes.values()) for part in offload._parts)
+    info = ModelInfo(
+        kind="", name="", part="", family=family, variant="", dtype="float32", bytes=0, parameters=0, facts=facts
+    )  # fmt: skip
+    counted = layers(info)
+    assert counted.largest == largest
+    inside = {name for part in offload._parts for name in part.homes}
+    outside = sum(p.numel() for name, p in network.named_parameters() if name not in inside)
+    assert counted.rest >= outside, (
+        "more: some files have tables that the network makes itself, or has no use for"
+    )

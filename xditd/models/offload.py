@@ -189,8 +189,8 @@ class Offload:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Around whatever computes with the network: gives it the memory that weights come into, and takes it back."""
-        self._begin()
         try:
+            self._begin()
             yield
         finally:
             self._end()
