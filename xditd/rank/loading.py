@@ -7,16 +7,21 @@ import os
 import sys
 import warnings
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xditd.catalog.detection import role
+from xditd.catalog.families.inputs import degrees_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan
 from xditd.protocol.orders import RankSpec
-from xditd.protocol.plans import DEGREES
 from xditd.rank.answers import Worker
 from xditd.rank.faults import Faults
 from xditd.rank.places import Places
+
+if TYPE_CHECKING:
+    from xditd.models.reading import Keeper
+    from xditd.models.splits import Divide
+    from xditd.rank.device import Device
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -65,25 +70,23 @@ def load(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
 
 
 def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
-    from xditd.models.families import load as load_network
     from xditd.rank import attention
     from xditd.rank.cfg import CfgParallel
     from xditd.rank.denoiser import Denoiser
     from xditd.rank.device import Device
     from xditd.rank.transfer import DTYPES, Transfer
 
-    device, dtype = Device(spec.device), DTYPES[spec.dtype]
-    plan = spec.plan
-    kernel = attention.choose(device.torch, dtype, spec.attention, in_world=plan.ulysses * plan.ring > 1)
-    divided = plan.ulysses * plan.ring * plan.tensor * plan.pipefusion > 1
-    if spec.compile and (divided or plan.offload):
+    device, plan = Device(spec.device), spec.plan
+    sequence = plan.ulysses * plan.ring
+    kernel = attention.choose(device.torch, DTYPES[spec.dtype], spec.attention, in_world=sequence > 1)
+    eager = sequence * plan.tensor * plan.pipefusion > 1 or plan.offload
+    if spec.compile and eager:
         print(
             "Compiling is for ranks that compute on their own, with weights that stay; these run eagerly.",
             file=sys.stderr,
         )
     if plan.pipefusion > 1:
         return _load_stage(spec, places, faults, tell)
-    sequence = plan.ulysses * plan.ring
     world: Any = None
     tensor: Any = None
     sharding: Any = None
@@ -113,20 +116,8 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         from xditd.rank.sharding import WeightSharding
 
         sharding = WeightSharding.join(sequence, spec.rank, spec.world, device.torch)
-    tell("loading")
-    faults.at_load()
     dividing = tensor or sharding
-    network = load_network(
-        spec.family,
-        spec.path,
-        spec.part,
-        device.torch,
-        dtype,
-        None if dividing is None else dividing.divide,
-        partial(tell, "loading"),
-        plan.offload,
-        sharding,
-    )
+    network = _read(spec, device, faults, tell, None if dividing is None else dividing.divide, sharding)
     faults.at_output(network.backbone)
     name = kernel.name
     if world is not None:
@@ -137,7 +128,7 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     else:
         network.backbone.set_attention_backend(kernel.diffusers)
         name = attention.heeded(kernel, network.backbone, spec.attention)
-        if spec.compile and device.is_cuda and not (divided or plan.offload):
+        if spec.compile and device.is_cuda and not eager:
             # By block, so that 57 of them cost two; dynamic, so that a new size costs a fifth of a second.
             network.backbone.compile_repeated_blocks(fullgraph=True, dynamic=True)
     cfg = CfgParallel(plan.cfg, spec.rank, spec.world, device.torch)
@@ -147,7 +138,6 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
 
 def _load_stage(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
     from xditd.models.families import in_stages
-    from xditd.models.families import load as load_network
     from xditd.rank import attention
     from xditd.rank.device import Device
     from xditd.rank.links import Links
@@ -155,23 +145,11 @@ def _load_stage(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
     from xditd.rank.stage import Stage
     from xditd.rank.transfer import DTYPES, Transfer
 
-    device, dtype = Device(spec.device), DTYPES[spec.dtype]
-    kernel = attention.choose(device.torch, dtype, spec.attention)
+    device = Device(spec.device)
+    kernel = attention.choose(device.torch, DTYPES[spec.dtype], spec.attention)
     _meet(spec, device.is_cuda, tell)
     links = Links(spec.plan.pipefusion, spec.rank, spec.world, device.torch)
-    tell("loading")
-    faults.at_load()
-    stage = Stage(links.stage, links.stages)
-    network = load_network(
-        spec.family,
-        spec.path,
-        spec.part,
-        device.torch,
-        dtype,
-        stage.divide,
-        partial(tell, "loading"),
-        spec.plan.offload,
-    )
+    network = _read(spec, device, faults, tell, Stage(links.stage, links.stages).divide)
     stages = in_stages(spec.family, network)
     network.backbone.set_attention_backend(kernel.diffusers)
     name = attention.heeded(kernel, network.backbone, spec.attention)
@@ -181,25 +159,14 @@ def _load_stage(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> W
 
 def _load_whole(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
     """A VAE or a text encoder: every rank of a world has all of its weights."""
-    from xditd.models.families import load as load_network
     from xditd.rank.device import Device
     from xditd.rank.text import Text
-    from xditd.rank.transfer import DTYPES, Transfer
+    from xditd.rank.transfer import Transfer
 
     device = Device(spec.device)
     if spec.world > 1:
         _meet(spec, device.is_cuda, tell)
-    tell("loading")
-    faults.at_load()
-    network = load_network(
-        spec.family,
-        spec.path,
-        spec.part,
-        device.torch,
-        DTYPES[spec.dtype],
-        progress=partial(tell, "loading"),
-        offload=spec.plan.offload,
-    )
+    network = _read(spec, device, faults, tell)
     transfer = Transfer(device.torch, spec.rank, spec.world, places)
     if role(spec.part) == "text_encoder":
         return Text(network, transfer, device, "native")
@@ -222,10 +189,37 @@ def _meet(spec: RankSpec, is_cuda: bool, tell: Tell) -> None:
     )
 
 
+def _read(
+    spec: RankSpec,
+    device: Device,
+    faults: Faults,
+    tell: Tell,
+    divide: Divide | None = None,
+    keeper: Keeper | None = None,
+) -> Any:
+    """The network of a spec from its file, after the ranks of a world have met; `divide` and `keeper` as `models.families.load` says."""
+    from xditd.models.families import load as load_network
+    from xditd.rank.transfer import DTYPES
+
+    tell("loading")
+    faults.at_load()
+    return load_network(
+        spec.family,
+        spec.path,
+        spec.part,
+        device.torch,
+        DTYPES[spec.dtype],
+        divide,
+        partial(tell, "loading"),
+        spec.plan.offload,
+        keeper,
+    )
+
+
 def _check(spec: RankSpec) -> None:
     """Refuses what this version does not do. The daemon's planner does so first; this is the last line."""
     plan: Plan = spec.plan
-    degrees = {name: getattr(plan, name) for name in DEGREES}
+    degrees = degrees_of(plan)
     spelt = " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one rank"
     if role(spec.part) != "text_encoder" and math.prod(degrees.values()) != spec.world:
         raise XditError(Code.BAD_PLAN, f"{spelt} is not the world of {spec.world} ranks.")
@@ -241,16 +235,20 @@ def _prepare(spec: RankSpec) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: listen to nobody else
     if spec.threads:
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
     for name in LEFT_OUT:
         if name != "transformers" or role(spec.part) != "text_encoder":
             sys.modules[name] = None  # type: ignore[assignment]
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # of torch about xfuser, of diffusers about torch
+    silence()
     import torch
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
     torch.set_grad_enabled(False)
+
+
+def silence() -> None:
+    """Before libraries are imported: they neither look at a hub nor comment on each other."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    # Of torch about xfuser, of diffusers about torch.
+    warnings.filterwarnings("ignore", category=FutureWarning)

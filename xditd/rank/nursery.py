@@ -119,10 +119,9 @@ def _begin(birth: Birth, tell: int, output: int, lane: int, arena: int = -1) -> 
     os.close(nothing)
     os.close(output)
     os.environ.update(birth.environment)
-    if "numpy" in sys.modules:
-        sys.modules[
-            "numpy"
-        ].random.seed()  # Python's own generator does so by itself; torch's begins alike in every process
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:  # Python's own generator does so by itself; torch's begins alike in every process
+        numpy.random.seed()
     return live(msgspec.structs.replace(birth.spec, lane_fd=lane, arena_fd=arena), begun)
 
 

@@ -9,11 +9,10 @@ import ctypes
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from xditd.rank.loading import LEFT_OUT, QUIET
+from xditd.rank.loading import LEFT_OUT, silence
 
 FOR_IMPORTS = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # torch asks NVML, not CUDA, whether there is a GPU
@@ -64,8 +63,7 @@ def unfit() -> str:
 
 
 def _torch() -> None:
-    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    silence()
     for name in ("torch", "torch.distributed"):
         importlib.import_module(name)
 
