@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xditd.protocol.messages import ModelRef, Plan, PlanRequest
-from xditd.protocol.plans import DEGREES, LoraMatch
+from xditd.protocol.plans import LoraMatch, degrees_of, spell_degrees
 
 OK = "✅"
 WARNING = "⚠️ "
@@ -84,8 +84,7 @@ def moved(plan: Plan | PlanRequest) -> str:
 
 def spelled(plan: Plan | PlanRequest) -> str:
     """The degrees above 1 alone; "" where there are none."""
-    degrees = ((name, getattr(plan, name)) for name in DEGREES)
-    return " × ".join(f"{name} {degree}" for name, degree in degrees if degree > 1)
+    return spell_degrees(degrees_of(plan))
 
 
 def degraded(reason: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from msgspec import structs
 
 from xditd.protocol.errors import Code
-from xditd.protocol.plans import Plan
+from xditd.protocol.plans import Plan, degrees_of, spell_degrees
 
 LEADS_DOWN = frozenset(
     {
@@ -121,11 +121,10 @@ class Ladder:
 
 def spell(plan: Plan) -> str:
     """ "ulysses 2 × ring 2 on cuda:0, cuda:1, cuda:2, cuda:3" """
-    names = ("cfg", "tensor", "pipefusion", "ulysses", "ring", "patch")
-    named = [f"{name} {getattr(plan, name)}" for name in names if getattr(plan, name) > 1]
+    degrees = spell_degrees(degrees_of(plan)) or "The plan"
     offload = f" with {plan.offload} offload" if plan.offload else ""
     sharded = " with sharded weights" if plan.shard else ""
-    return f"{' × '.join(named) or 'The plan'} on {', '.join(plan.devices)}{offload}{sharded}"
+    return f"{degrees} on {', '.join(plan.devices)}{offload}{sharded}"
 
 
 class Lately:

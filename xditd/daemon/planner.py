@@ -17,7 +17,7 @@ from xditd.catalog.families import family
 from xditd.daemon.scheduling import POLICIES
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
-from xditd.protocol.plans import DEGREES, OFFLOADS
+from xditd.protocol.plans import DEGREES, OFFLOADS, spell_degrees
 
 STRATEGIES = ("auto", "usp", "hybrid", "cfg", "tensor", "pipefusion")
 """In lower case. auto, usp and hybrid mean sequence parallelism for what no degree speaks for."""
@@ -182,7 +182,7 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
     if len(devices) % product:
         raise XditError(
             Code.BAD_PLAN,
-            f"{_spell(given)} makes {product}, but {len(devices)} device{'s are' if len(devices) > 1 else ' is'} "
+            f"{spell_degrees(given) or 'The plan'} makes {product}, but {len(devices)} device{'s are' if len(devices) > 1 else ' is'} "
             f"given; the product of the degrees must be the number of devices.",
         )
     rest = len(devices) // product
@@ -196,7 +196,7 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
         if math.prod(degrees.values()) != len(devices):
             raise XditError(
                 Code.BAD_PLAN,
-                f"{_spell(given)} makes {product}, but {len(devices)} devices are given; leave a degree open or "
+                f"{spell_degrees(given) or 'The plan'} makes {product}, but {len(devices)} devices are given; leave a degree open or "
                 f"name {product} device{'s' if product > 1 else ''}.",
             )
     reason = _reason(degrees, info, len(devices), request.offload, request.shard)
@@ -263,10 +263,6 @@ def _fill(degrees: dict[str, int], rest: int, info: ModelInfo) -> dict[str, int]
     if "ring" not in degrees:
         filled["ring"] = rest
     return filled
-
-
-def _spell(degrees: dict[str, int]) -> str:
-    return " × ".join(f"{name} {degree}" for name, degree in degrees.items()) or "The plan"
 
 
 OFFLOADED = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, field, structs
 
 from xditd.protocol.noise import Noise
 
@@ -95,6 +96,21 @@ class Plan(Struct, frozen=True, kw_only=True):
     offload: str = ""  # "model" or "layerwise": as the request has it
     shard: bool = False  # as the request has it
     reason: str = ""  # one sentence: why the planner chose this
+
+
+def degrees_of(plan: Plan | PlanRequest) -> dict[str, int]:
+    """Those above 1, by name."""
+    return {name: degree for name in DEGREES if (degree := getattr(plan, name)) > 1}
+
+
+def spell_degrees(degrees: Mapping[str, int]) -> str:
+    """ "ulysses 2 × ring 2"; "" of none."""
+    return " × ".join(f"{name} {degree}" for name, degree in degrees.items())
+
+
+def shape(plan: Plan) -> Plan:
+    """The plan without its devices and the reason for it: two of one shape do the same, wherever."""
+    return structs.replace(plan, devices=(), reason="")
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):

@@ -10,10 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from xditd.catalog.detection import role
-from xditd.catalog.families.inputs import degrees_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan
 from xditd.protocol.orders import RankSpec
+from xditd.protocol.plans import degrees_of, spell_degrees
 from xditd.rank.answers import Worker
 from xditd.rank.faults import Faults
 from xditd.rank.places import Places
@@ -220,7 +220,7 @@ def _check(spec: RankSpec) -> None:
     """Refuses what this version does not do. The daemon's planner does so first; this is the last line."""
     plan: Plan = spec.plan
     degrees = degrees_of(plan)
-    spelt = " × ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one rank"
+    spelt = spell_degrees(degrees) or "one rank"
     if role(spec.part) != "text_encoder" and math.prod(degrees.values()) != spec.world:
         raise XditError(Code.BAD_PLAN, f"{spelt} is not the world of {spec.world} ranks.")
     if plan.pipefusion > 1 and plan.tensor * plan.ulysses * plan.ring > 1:

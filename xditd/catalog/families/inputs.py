@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import pairwise
 
 from xditd.catalog.sentences import listed, shape_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan, Sample
-from xditd.protocol.plans import DEGREES
+from xditd.protocol.plans import degrees_of
 from xditd.protocol.tensors import FLOATS, Tensor
 
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "ddim")
@@ -162,9 +162,8 @@ def check_degrees_built(label: str, plan: Plan, built: tuple[str, ...]) -> None:
     Raises:
         XditError: `not_built`.
     """
-    degrees = degrees_of(plan)
-    for name, degree in degrees.items():
-        if degree > 1 and name not in built:
+    for name, degree in degrees_of(plan).items():
+        if name not in built:
             can = " and ".join(built) if built else "one device"
             raise XditError(
                 Code.NOT_BUILT, f"{name} {degree} is not built for {label} in this version; {can} would work."
@@ -183,8 +182,3 @@ def check_one_device(label: str, plan: Plan) -> None:
             Code.NOT_BUILT,
             f"{label} on {len(plan.devices)} devices is not built in this version; name one device for it.",
         )
-
-
-def degrees_of(plan: Plan) -> Mapping[str, int]:
-    """A plan's degrees by name."""
-    return {name: getattr(plan, name) for name in DEGREES}
