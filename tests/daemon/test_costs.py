@@ -119,3 +119,20 @@ def test_a_models_steps_are_those_of_its_own_file_part_and_dtype():
     experience.turn(Key("a", "transformer", "bfloat16", plan()), 3.0, effort=1.5)
     experience.turn(Key("b", "transformer", "bfloat16", plan()), 9.0, effort=1.0)
     assert experience.steps("a", "transformer", "bfloat16", effort=2.0) == [(plan(), 4.0)]
+
+
+def test_runs_and_loads_are_told_by_such_as_had_the_same_plan_on_whichever_devices():
+    def key(devices: tuple[str, ...], **more: Any) -> Key:
+        return Key("a", "transformer", "bfloat16", Plan(devices=devices, **more))
+
+    experience = Experience()
+    one, offloaded = key(("cuda:0",)), key(("cuda:0",), offload="layerwise")
+    two, shared = key(("cuda:0", "cuda:1"), ulysses=2), key(("cuda:0", "cuda:1"), ulysses=2, shard=True)
+    for number, known in enumerate((one, offloaded, two, shared), start=1):
+        experience.run(known, 1.0 * number)
+        experience.load(known, 10.0 * number)
+    assert [experience.run_seconds(k) for k in (one, offloaded, two, shared)] == [1.0, 2.0, 3.0, 4.0]
+    assert [experience.load_seconds(k) for k in (one, offloaded, two, shared)] == [10.0, 20.0, 30.0, 40.0]
+    elsewhere = key(("cuda:6", "cuda:7"), ulysses=2, reason="exact")
+    assert (experience.run_seconds(elsewhere), experience.load_seconds(elsewhere)) == (3.0, 30.0)
+    assert experience.load_seconds(key(("cuda:0", "cuda:1"), ring=2)) is None

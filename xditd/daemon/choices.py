@@ -13,28 +13,29 @@ from typing import Any
 from msgspec import structs
 
 from xditd.daemon import planner
-from xditd.daemon.costs import PATCH, Estimate, alike
+from xditd.daemon.costs import Estimate, tokens_of
 from xditd.daemon.residency import weights
+from xditd.daemon.work import spell
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.explaining import Candidate
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
-from xditd.protocol.plans import DEGREES as ALL_DEGREES
-from xditd.protocol.plans import OFFLOADS
+from xditd.protocol.plans import DEGREES, OFFLOADS, degrees_of, shape
 
-DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
+OF_TRANSFORMERS = tuple(name for name in DEGREES if name != "patch")
+"""Degrees that split what a transformer computes."""
 
 NOT_BY_ITSELF = {
+    "model": "exact; only by its name, or where memory lacks: every turn waits until all weights have come",
+    "layerwise": "exact; only by its name, or where memory lacks: every call waits for all layers to come",
+    "shard": "exact; only by its name: for models that do not fit, since every layer is gathered before it runs",
     "pipefusion": "approximate, so only by its name: steps overlap",
     "cfg": "only by its name: of use where the cfg scale is not 1, which is not known when a model is loaded",
     "tensor": "only by its name: for models that do not fit, since every layer waits for its sums",
     "ring": "exact; not chosen, since ulysses sends less where the heads divide",
     "ulysses": "exact; not chosen, since it is not what was asked for",
     "patch": "exact; only where its devices are named, since one decodes most pictures in a moment",
-    "shard": "exact; only by its name: for models that do not fit, since every layer is gathered before it runs",
-    "model": "exact; only by its name, or where memory lacks: every turn waits until all weights have come",
-    "layerwise": "exact; only by its name, or where memory lacks: every call waits for all layers to come",
 }
-"""Why a plan that would work is not taken, by its offload or the first of its degrees that is above 1."""
+"""Why a plan that would work is not taken: the first reason that is of its offload, its sharing or one of its degrees above 1."""
 
 
 def explain(
@@ -81,44 +82,32 @@ def explain(
                 exact=plan.pipefusion == 1,
                 weights=weights(info, dtype, plan),
                 activations=margin,
-                tokens=_tokens(info, plan, size),
+                tokens=math.ceil(tokens_of(info, size) / (plan.ulysses * plan.ring)),
                 seconds=None if takes is None else takes.seconds,
                 basis="" if takes is None else takes.basis,
             )
         )
 
-    if chosen is not None and refusal is None:
-        add(chosen, "chosen", chosen.reason)
-    elif chosen is not None and refusal is not None:
-        add(chosen, "rejected", refusal.message, Code.OUT_OF_MEMORY.value)
-    offloads: list[dict[str, Any]] = [{"offload": offload} for offload in OFFLOADS if offload]
-    sharded: list[dict[str, Any]] = [{name: len(devices), "shard": True} for name in ("ulysses", "ring")]
-    further = offloads + (sharded if len(devices) > 1 and info.part == "transformer" else [])
-    for shape in shapes(len(devices), info.part) + further:
-        plan = structs.replace(Plan(devices=devices[: _count(shape)]), **shape)
-        if chosen is not None and alike(plan, chosen):
+    if chosen is not None:
+        if refusal is None:
+            add(chosen, "chosen", chosen.reason)
+        else:
+            add(chosen, "rejected", refusal.message, Code.OUT_OF_MEMORY.value)
+    for changes in (*shapes(len(devices), info.part), *memory_plans(len(devices), info.part)):
+        plan = structs.replace(Plan(devices=devices[: _count(changes)]), **changes)
+        if chosen is not None and shape(plan) == shape(chosen):
             continue
         try:
             planner.check(plan, info)
         except XditError as error:
-            add(plan, "rejected", error.message, str(error.code))
+            add(plan, "rejected", error.message, spell(error.code))
             continue
         if problem := too_large(plan):
             add(plan, "rejected", problem, Code.OUT_OF_MEMORY.value)
-        elif 0 < _all_tokens(info, size) < plan.ulysses * plan.ring:
+        elif 0 < tokens_of(info, size) < plan.ulysses * plan.ring:
             add(plan, "rejected", "no use: there are more ranks than tokens")
         else:
-            first = (
-                plan.offload
-                or ("shard" if plan.shard else "")
-                or next((name for name in NOT_BY_ITSELF if _above(plan, name)), "")
-            )
-            idle = len(devices) - len(plan.devices)
-            add(
-                plan,
-                "possible",
-                NOT_BY_ITSELF.get(first, f"exact; leaves {idle} of {len(devices)} devices idle"),
-            )
+            add(plan, "possible", _not_taken(plan, len(devices)))
     return tuple(found), refusal
 
 
@@ -126,30 +115,32 @@ def shapes(count: int, part: str = "transformer") -> list[dict[str, Any]]:
     """Degrees over so many devices: each alone, each pair of them, and one device."""
     if part == "vae":
         return [{"patch": count}, {}] if count > 1 else [{}]
-    found: list[dict[str, Any]] = [{name: count} for name in DEGREES] if count > 1 else []
+    found: list[dict[str, Any]] = [{name: count} for name in OF_TRANSFORMERS] if count > 1 else []
     if "cfg" in (found[0] if found else {}) and count != planner.GUIDED:
         del found[0]  # a step has two calls at most
-    for number, first in enumerate(DEGREES):
-        for second in DEGREES[number + 1 :]:
+    for number, first in enumerate(OF_TRANSFORMERS):
+        for second in OF_TRANSFORMERS[number + 1 :]:
             for degree in range(2, count):
                 if count % degree == 0 and (first != "cfg" or degree == planner.GUIDED):
                     found.append({first: degree, second: count // degree})
     return [*found, {}]
 
 
-def _count(shape: Mapping[str, Any]) -> int:
-    """How many devices it takes."""
-    return math.prod(degree for name, degree in shape.items() if name in ALL_DEGREES)
+def memory_plans(count: int, part: str = "transformer") -> list[dict[str, Any]]:
+    """Plans that take less of a device's memory: one with offload, and of a transformer several that share its weights."""
+    found: list[dict[str, Any]] = [{"offload": offload} for offload in OFFLOADS if offload]
+    if count > 1 and part == "transformer":
+        found += [{name: count, "shard": True} for name in ("ulysses", "ring")]
+    return found
 
 
-def _above(plan: Plan, name: str) -> bool:
-    return name in ALL_DEGREES and getattr(plan, name) > 1
+def _count(changes: Mapping[str, Any]) -> int:
+    """How many devices a plan takes with these."""
+    return math.prod(degree for name, degree in changes.items() if name in DEGREES)
 
 
-def _all_tokens(info: ModelInfo, size: tuple[int, int]) -> int:
-    side = info.facts.get("scale", 8) * PATCH
-    return math.prod(math.ceil(pixels / side) for pixels in size)
-
-
-def _tokens(info: ModelInfo, plan: Plan, size: tuple[int, int]) -> int:
-    return math.ceil(_all_tokens(info, size) / (plan.ulysses * plan.ring))
+def _not_taken(plan: Plan, devices: int) -> str:
+    """Why a plan that would work over so many devices is not the one."""
+    words = {plan.offload, "shard" if plan.shard else "", *degrees_of(plan)}
+    idle = f"exact; leaves {devices - len(plan.devices)} of {devices} devices idle"
+    return next((reason for word, reason in NOT_BY_ITSELF.items() if word in words), idle)

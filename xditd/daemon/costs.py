@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xditd.catalog.detection import role
-from xditd.protocol.plans import DEGREES, ModelInfo, Plan
+from xditd.protocol.plans import ModelInfo, Plan, shape
 from xditd.protocol.tensors import ITEMSIZE
 
 PATCH = 2
@@ -94,10 +94,15 @@ CALLS = {"flux": 1}
 """Calls of a step, where guidance does not make two of it."""
 
 
+def tokens_of(info: ModelInfo, size: tuple[int, int]) -> int:
+    """Of a picture of so many pixels; 0 where a side has none."""
+    side = info.facts.get("scale", 8) * PATCH
+    return math.prod(math.ceil(pixels / side) for pixels in size)
+
+
 def call_of(info: ModelInfo, size: tuple[int, int]) -> Call | None:
     """One call on a picture of so many pixels; None for a model whose costs are not modelled (a UNet, a VAE, an encoder of text)."""
-    side = info.facts.get("scale", 8) * PATCH
-    image = math.prod(math.ceil(pixels / side) for pixels in size)
+    image = tokens_of(info, size)
     if info.family not in TEXT or not image:
         return None
     facts, text = info.facts, TEXT[info.family]
@@ -202,7 +207,7 @@ def estimate(
     if not all(size) or role(info.part) != "transformer":
         return None  # nothing else has steps; and a picture of a VAE is no measure of one
     for other, seconds in measured:
-        if alike(other, plan):
+        if shape(other) == shape(plan):
             return Estimate(seconds, "measured")
     speed = speed_of(device)
     if speed is None or plan.offload:
@@ -218,12 +223,3 @@ def estimate(
     if not ratios:
         return Estimate(told, "estimate")
     return Estimate(told * ratios[len(ratios) // 2], "calibrated")
-
-
-def alike(one: Plan, other: Plan) -> bool:
-    """Whether two plans are the same but for their devices, and what says why they were chosen."""
-    return _shape(one) == _shape(other)
-
-
-def _shape(plan: Plan) -> tuple[object, ...]:
-    return plan.offload, plan.shard, *(getattr(plan, name) for name in DEGREES)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from xditd.daemon.runs import Key
 from xditd.daemon.scheduling import learn
-from xditd.protocol.plans import Plan
+from xditd.protocol.plans import Plan, shape
 
-Kind = tuple[str, str, str, int]
-"""A model in a dtype on so many devices, whichever they are."""
+Kind = tuple[str, str, str, Plan]
+"""A model in a dtype under a plan, on whichever devices."""
 
 
 class Experience:
-    """Learned seconds. A turn's are of its devices; a run's and a load's of any that are as many."""
+    """Learned seconds. A turn's are of its devices; a run's and a load's of any under such a plan."""
 
     def __init__(self) -> None:
         self._turns: dict[Key, float] = {}
@@ -49,4 +49,4 @@ class Experience:
 
 
 def _kind(key: Key) -> Kind:
-    return key.path, key.part, key.dtype, len(key.plan.devices)
+    return key.path, key.part, key.dtype, shape(key.plan)
