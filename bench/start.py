@@ -19,7 +19,8 @@ import psutil
 from bench.daemon import serving
 from xditd.client import Client
 from xditd.models.making import make_flux
-from xditd.protocol.messages import GroupStatus, PlanRequest
+from xditd.protocol.figures import GroupStatus
+from xditd.protocol.messages import PlanRequest
 
 MODEL = "diffusion_models/flux.safetensors"
 TWO = PlanRequest(ulysses=2)

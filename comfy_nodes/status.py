@@ -7,7 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from xditd.protocol.messages import DeviceStatus, GroupStatus, StatusReport
+from xditd.protocol.figures import DeviceStatus, GroupStatus
+from xditd.protocol.messages import StatusReport
 
 from . import daemon
 from .loaders import ENDPOINT

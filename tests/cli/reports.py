@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from xditd.protocol.figures import DeviceStatus, Nvlink
-from xditd.protocol.messages import (
-    ArenaStatus,
-    GroupStatus,
-    ModelInfo,
-    ModelList,
-    ModelRef,
-    Plan,
-    RankStatus,
-    RunStatus,
-    SkippedFile,
-    StatusReport,
-)
+from xditd.protocol.figures import ArenaStatus, DeviceStatus, GroupStatus, Nvlink, RankStatus, RunStatus
+from xditd.protocol.messages import ModelInfo, ModelList, ModelRef, Plan, SkippedFile, StatusReport
 
 GIB = 1 << 30
 FLUX = ModelRef(kind="diffusion_models", name="flux/flux1-dev.safetensors")

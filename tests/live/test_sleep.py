@@ -11,7 +11,8 @@ from tests.live.conftest import Serve
 from tests.live.service import wait_for
 from xditd.client import Client
 from xditd.models.making import make_flux
-from xditd.protocol.messages import GroupStatus, PlanRequest
+from xditd.protocol.figures import GroupStatus
+from xditd.protocol.messages import PlanRequest
 
 SHAPE = {"heads": 6, "head_dim": 64, "context_width": 64, "pooled_width": 32}
 MODEL = "diffusion_models/flux.safetensors"

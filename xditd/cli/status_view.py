@@ -12,12 +12,8 @@ from rich.text import Text
 from xditd.cli import words
 from xditd.cli.device_view import devices_view
 from xditd.cli.shapes import STATE_STYLE, columns, gauge, none, titled
-from xditd.protocol.messages import (
-    GroupStatus,
-    RankStatus,
-    RunStatus,
-    StatusReport,
-)
+from xditd.protocol.figures import GroupStatus, RankStatus, RunStatus
+from xditd.protocol.messages import StatusReport
 
 
 def status_view(report: StatusReport) -> RenderableType:

@@ -8,7 +8,8 @@ from rich.text import Text
 from xditd.cli import words
 from xditd.cli.device_view import devices_view
 from xditd.cli.shapes import STATE_STYLE, columns, gauge, none, titled
-from xditd.protocol.messages import GroupStatus, RunStatus, StatusReport
+from xditd.protocol.figures import GroupStatus, RunStatus
+from xditd.protocol.messages import StatusReport
 
 BAR = 16
 """Characters of a run's progress."""

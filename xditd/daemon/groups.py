@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from xditd.catalog.catalog import Found
 from xditd.daemon import states
 from xditd.daemon.runs import Key
-from xditd.protocol.messages import GroupStatus, ModelRef, RankStatus
+from xditd.protocol.figures import GroupStatus, RankStatus
+from xditd.protocol.messages import ModelRef
 from xditd.protocol.orders import Merge
 
 PHASES = ("starting", "importing", "joining", "loading", "ready")

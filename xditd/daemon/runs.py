@@ -13,6 +13,7 @@ from typing import Any
 from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon import states
 from xditd.daemon.fallback import Ladder
+from xditd.protocol.figures import RunStatus
 from xditd.protocol.messages import (
     Decode,
     Denoise,
@@ -23,7 +24,6 @@ from xditd.protocol.messages import (
     OpenRun,
     Plan,
     PutConditioning,
-    RunStatus,
     Sample,
 )
 from xditd.protocol.orders import Merge

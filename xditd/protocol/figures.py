@@ -1,4 +1,4 @@
-"""The parts of a status report that stand for themselves: devices, ranks, arenas, models to preload.
+"""The parts of a status report that stand for themselves: devices, groups and their ranks, runs, arenas, models to preload.
 
 A figure is None where the hardware does not tell it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from msgspec import Struct, field
 
-from xditd.protocol.plans import ModelRef
+from xditd.protocol.plans import ModelRef, Plan
 
 
 class Nvlink(Struct, frozen=True, kw_only=True):
@@ -50,6 +50,43 @@ class RankStatus(Struct, frozen=True, kw_only=True):
     attention: str = ""  # attention backend
     weights: int | None = None  # bytes of the model's parameters that it holds on its device, in a turn
     host_weights: int = 0  # bytes of them that wait in the host's memory (`Plan.offload`)
+
+
+class GroupStatus(Struct, frozen=True, kw_only=True):
+    """One group of ranks."""
+
+    group: str
+    generation: int
+    state: str
+    model: ModelRef
+    family: str
+    variant: str
+    dtype: str
+    plan: Plan
+    ranks: tuple[RankStatus, ...]
+    runs: int = 0
+    turns: int = 0  # turns answered since it was ready
+    seconds: float | None = None  # it took to become ready
+    problem: str = ""  # why it failed, where it did
+    degraded: str = ""  # the plan that it stands in for, and why
+
+
+class RunStatus(Struct, frozen=True, kw_only=True):
+    """One run."""
+
+    run: int
+    state: str
+    model: ModelRef
+    group: str = ""
+    label: str = ""
+    client: str = ""
+    step: int = 0
+    total: int = 0  # 0 where the client drives the steps
+    position: int = 0  # in the queue; 0 is running
+    age: float = 0.0  # seconds
+    rebinds: int = 0
+    priority: int = 0
+    degraded: str = ""  # why it is not done as asked; "" where it is
 
 
 class ArenaStatus(Struct, frozen=True, kw_only=True):

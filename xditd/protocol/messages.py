@@ -16,10 +16,11 @@ from xditd.protocol.explaining import Explain, Explained
 from xditd.protocol.figures import (
     ArenaStatus,
     DeviceStatus,
+    GroupStatus,
     MemoryStatus,
     NurseryStatus,
     PreloadStatus,
-    RankStatus,
+    RunStatus,
 )
 from xditd.protocol.plans import (
     LoraMatch,
@@ -45,43 +46,6 @@ Key = Annotated[str, Meta(min_length=1, max_length=128)]
 
 
 # --------------------------------------------------------------------------------- what the messages speak of
-
-
-class GroupStatus(Struct, frozen=True, kw_only=True):
-    """One group of ranks."""
-
-    group: str
-    generation: int
-    state: str
-    model: ModelRef
-    family: str
-    variant: str
-    dtype: str
-    plan: Plan
-    ranks: tuple[RankStatus, ...]
-    runs: int = 0
-    turns: int = 0  # turns answered since it was ready
-    seconds: float | None = None  # it took to become ready
-    problem: str = ""  # why it failed, where it did
-    degraded: str = ""  # the plan that it stands in for, and why
-
-
-class RunStatus(Struct, frozen=True, kw_only=True):
-    """One run."""
-
-    run: int
-    state: str
-    model: ModelRef
-    group: str = ""
-    label: str = ""
-    client: str = ""
-    step: int = 0
-    total: int = 0  # 0 where the client drives the steps
-    position: int = 0  # in the queue; 0 is running
-    age: float = 0.0  # seconds
-    rebinds: int = 0
-    priority: int = 0
-    degraded: str = ""  # why it is not done as asked; "" where it is
 
 
 class Limits(Struct, frozen=True, kw_only=True):
