@@ -53,6 +53,15 @@ def test_the_examples_preload_block_names_every_key_of_a_preload():
     assert said == [entry.name for entry in msgspec.structs.fields(Preload)]
 
 
+def test_a_preload_has_every_key_of_a_plan_and_asks_for_it():
+    left_to_others = {"scheduling", "fallback"}  # of a run, and the daemon's own (`compute.fallback`)
+    names = [name for name in PlanRequest.__struct_fields__ if name not in left_to_others]
+    odd = {"strategy": "USP", "devices": ("0", "1"), "offload": "model", "shard": True}
+    said = {name: odd.get(name, number) for number, name in enumerate(names, start=2)}
+    assert Preload(model="vae/a", **said).plan == PlanRequest(**said)
+    assert Preload(model="vae/a").plan == PlanRequest()
+
+
 def test_the_documentation_lists_every_key_with_its_default():
     rows = re.findall(
         r"^\| `([\w.]+)` \| `(.*?)` \|", (ROOT / "docs/configuration.md").read_text(), re.MULTILINE

@@ -19,7 +19,7 @@ from msgspec import Meta, Struct, field
 from xditd.daemon.config_file import merge, nest, read_toml, resolve, sentence
 from xditd.protocol import endpoints
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.messages import ModelRef, PlanRequest
+from xditd.protocol.plans import Degree, ModelRef, PlanRequest
 
 Size = Annotated[int, Meta(ge=0, le=1 << 50, extra={"unit": "bytes"})]
 """Bytes; a file may also say "256MiB"."""
@@ -71,17 +71,17 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dtype: Dtype = ""  # "" is compute.dtype
     devices: tuple[str, ...] = ()  # () is all that the daemon owns
     strategy: str = "auto"
-    cfg: Annotated[int, Meta(ge=0, le=1024)] = 0  # degrees: 0 leaves the planner the choice
-    ulysses: Annotated[int, Meta(ge=0, le=1024)] = 0
-    ring: Annotated[int, Meta(ge=0, le=1024)] = 0
-    pipefusion: Annotated[int, Meta(ge=0, le=1024)] = 0
-    tensor: Annotated[int, Meta(ge=0, le=1024)] = 0
-    patch: Annotated[int, Meta(ge=0, le=1024)] = 0
+    cfg: Degree = 0  # degrees: 0 leaves the planner the choice
+    ulysses: Degree = 0
+    ring: Degree = 0
+    pipefusion: Degree = 0
+    tensor: Degree = 0
+    patch: Degree = 0
     offload: Literal["", "model", "layerwise"] = (
         ""  # where the weights are outside of turns; "" on the devices
     )
     shard: bool = False  # ranks of ulysses and ring hold a share of the weights each
-    replicas: Annotated[int, Meta(ge=0, le=1024)] = 0  # groups that share the devices; 0 is one
+    replicas: Degree = 0  # groups that share the devices; 0 is one
 
     @property
     def ref(self) -> ModelRef:
@@ -90,19 +90,9 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def plan(self) -> PlanRequest:
-        return PlanRequest(
-            strategy=self.strategy,
-            devices=self.devices,
-            cfg=self.cfg,
-            ulysses=self.ulysses,
-            ring=self.ring,
-            pipefusion=self.pipefusion,
-            tensor=self.tensor,
-            patch=self.patch,
-            offload=self.offload,
-            shard=self.shard,
-            replicas=self.replicas,
-        )
+        """What it has keys for; the rest is as a client leaves it out."""
+        asked = PlanRequest.__struct_fields__
+        return PlanRequest(**{name: getattr(self, name) for name in self.__struct_fields__ if name in asked})
 
 
 class Models(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
