@@ -9,12 +9,13 @@ from msgspec import structs
 
 from tests.daemon.test_planner import GPUS, VAE, flux
 from xditd.catalog.catalog import Found
-from xditd.daemon.choices import explain, shapes
+from xditd.daemon.choices import NOT_BY_ITSELF, explain, shapes
 from xditd.daemon.groups import Group
 from xditd.daemon.residency import Residency
 from xditd.daemon.runs import Key
 from xditd.protocol import messages as m
 from xditd.protocol.explaining import Candidate
+from xditd.protocol.plans import DEGREES, OFFLOADS
 
 FOUR = ("0-3",)
 MARGIN = 512 << 20
@@ -130,3 +131,7 @@ def test_what_a_plan_is_said_to_take_is_what_it_is_counted_with_awake_and_asleep
         group = Group("g1", 1, m.ModelRef(kind="diffusion_models", name="flux"), found, key, started=0.0)
         asleep = 0 if one.plan.offload else one.weights * len(one.plan.devices)
         assert residency.host_bytes(group) == asleep
+
+
+def test_whatever_a_plan_may_have_there_is_a_reason_for_not_taking_it_by_itself():
+    assert sorted(NOT_BY_ITSELF) == sorted({*DEGREES, *OFFLOADS, "shard"} - {""})

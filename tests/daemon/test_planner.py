@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
-from xditd.daemon.planner import plan, replicas, rungs
+from xditd.daemon.planner import SHRINKING, plan, replicas, rungs
 from xditd.protocol import messages as m
-from xditd.protocol.errors import XditError
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.plans import DEGREES
 
 
 def flux(heads: int = 24) -> m.ModelInfo:
@@ -282,3 +284,17 @@ def test_sharding_goes_with_ulysses_ring_and_cfg_and_says_so():
         made = plan(m.PlanRequest(shard=True, **asked), flux(), GPUS)
         assert made.shard
         assert "gathers a layer" in made.reason
+
+
+@pytest.mark.parametrize(
+    "asked", [{"shard": True, "ulysses": 2}, {"offload": "model"}, {"offload": "layerwise"}]
+)
+def test_a_model_without_weights_has_none_to_share_or_to_offload(asked):
+    echo = structs.replace(VAE, kind="echo", name="echo", part="", family="echo", parameters=0)
+    with pytest.raises(XditError, match=r"echo has no weights to (shard|offload); leave") as caught:
+        plan(m.PlanRequest(**asked), echo, GPUS)
+    assert caught.value.code == Code.BAD_PLAN
+
+
+def test_every_degree_can_be_given_up():
+    assert sorted(SHRINKING) == sorted(DEGREES)

@@ -104,8 +104,9 @@ def check(plan: Plan, info: ModelInfo) -> None:
     """
     found = family(info.family)
     found.check_plan(info, plan)
-    if plan.offload and not found.part:
-        raise XditError(Code.BAD_PLAN, f"{info.name} has no weights to offload; leave offload out.")
+    if (plan.offload or plan.shard) and not found.part:
+        what = "offload" if plan.offload else "shard"
+        raise XditError(Code.BAD_PLAN, f"{info.name} has no weights to {what}; leave {what} out.")
     if plan.shard:
         _check_shard(plan, info)
     if plan.offload == "layerwise" and not found.layers:
