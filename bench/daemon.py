@@ -23,7 +23,7 @@ def serving(module: str = "xditd.daemon", /, **settings: object) -> Iterator[str
         settings: keys of its configuration, with `__` for the dot: `devices__cpu_ranks=1`.
 
     Raises:
-        RuntimeError: it ended before it was asked to, with the end of its log.
+        RuntimeError: it ended before it was asked to, or had something to say when the benchmark failed: with the end of its log.
     """
     with tempfile.TemporaryDirectory(prefix="xditd-bench-") as folder:
         endpoint = f"ipc://{folder}/xditd.sock"
@@ -37,13 +37,20 @@ def serving(module: str = "xditd.daemon", /, **settings: object) -> Iterator[str
         log = Path(folder, "log")
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
+        failure: Exception | None = None
         try:
             yield endpoint
+        except Exception as error:
+            failure = error
         finally:
             ended = process.poll()
             if ended is None:
                 process.send_signal(signal.SIGTERM)
                 process.wait(30)
-        if ended is not None:
-            words = log.read_text(errors="replace")[-LAST_WORDS:]
-            raise RuntimeError(f"The daemon ended with code {ended} during the benchmark:\n{words}")
+        # A client often fails before it is seen that the daemon does.
+        words = log.read_text(errors="replace")[-LAST_WORDS:]
+        if ended is not None or (failure is not None and words):
+            how = "was in trouble" if ended is None else f"ended with code {ended}"
+            raise RuntimeError(f"The daemon {how} during the benchmark:\n{words}") from failure
+        if failure is not None:
+            raise failure
