@@ -34,7 +34,7 @@ GUIDANCE = 3.5
 input makes it a dev, whose sigmas are shifted upward: there, pictures as plain as these get their layout."""
 
 SIGMA_SHIFT = 3.158
-"""exp(1.15), ComfyUI's for a dev: sigma becomes s·sigma / (1 + (s - 1)·sigma)."""
+"""exp(1.15), ComfyUI's for a dev."""
 
 SCALE, SHIFT = 0.3611, 0.1159
 """Flux's latents have (latent - SHIFT) · SCALE of about unit variance; a VAE of ours must give such."""
@@ -48,6 +48,11 @@ FILES = {
     "t5": ("text_encoders/xditd-demo-t5xxl.safetensors", TEXT_DTYPE),
 }
 """Where each is shipped, and as what. Tables of 49,408 and 32,128 tokens are the text encoders' bulk."""
+
+
+def shifted(even: torch.Tensor, shift: float) -> torch.Tensor:
+    """Sigmas of even ones, moved to the noisy end: `xditd.cli.schedule` has the source."""
+    return shift * even / (1 + (shift - 1) * even)
 
 
 class Networks(nn.Module):

@@ -60,17 +60,20 @@ class Piece:
 
 
 class Average:
-    """An exponential moving average of parameters: what is shipped."""
+    """An exponential moving average of parameters: what is shipped.
+
+    Attributes:
+        live: the parameters; kept: their averages; steps: over which they were taken.
+    """
 
     def __init__(self, network: nn.Module) -> None:
-        self.names = [name for name, _ in network.named_parameters()]
-        self.live = [parameter for _, parameter in network.named_parameters()]
+        self.live = list(network.parameters())
         self.kept = [parameter.detach().clone() for parameter in self.live]
-        self._steps = 0
+        self.steps = 0
 
     def update(self) -> None:
-        self._steps += 1
-        decay = min(EMA, self._steps / (self._steps + 10))
+        self.steps += 1
+        decay = min(EMA, self.steps / (self.steps + 10))
         torch._foreach_lerp_(self.kept, [p.detach() for p in self.live], 1 - decay)
 
     @torch.no_grad()
@@ -82,13 +85,6 @@ class Average:
                 kept.copy_(kept.to(TEXT_DTYPE))
                 live.copy_(kept)
                 live.requires_grad_(False)
-
-    def state(self) -> tuple[int, list[torch.Tensor]]:
-        return self._steps, self.kept
-
-    def resume(self, state: tuple[int, list[torch.Tensor]]) -> None:
-        self._steps, kept = state
-        torch._foreach_copy_(self.kept, kept)
 
     def swap(self) -> None:
         """Exchanges the average and what is trained."""

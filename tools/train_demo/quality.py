@@ -12,7 +12,7 @@ from PIL import Image
 
 from tools.train_demo import dataset
 from tools.train_demo.judge import judge
-from tools.train_demo.networks import GUIDANCE, SCALE, SHIFT, SIGMA_SHIFT, Networks
+from tools.train_demo.networks import GUIDANCE, SCALE, SHIFT, SIGMA_SHIFT, Networks, shifted
 from tools.train_demo.scenes import caption
 from xditd.models.flux import inputs
 
@@ -63,9 +63,7 @@ def draw(net: Networks, device: torch.device, texts: list[str], steps: int, cfg:
         context, pooled = net.read_text(clip_ids, F.pad(t5_ids, (0, filled - t5_ids.shape[1])))
         if cfg == 1:
             context, pooled = context[: len(part)], pooled[: len(part)]
-        even = torch.linspace(1, 0, steps + 1)
-        sigmas = SIGMA_SHIFT * even / (1 + (SIGMA_SHIFT - 1) * even)
-        for now, then in itertools.pairwise(sigmas):
+        for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1), SIGMA_SHIFT)):
             twice = len(context) // len(part)
             predicted = net.flux(
                 hidden_states=inputs.pack(x).repeat(twice, 1, 1),

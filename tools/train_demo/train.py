@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import torch
 
-from tools.train_demo import dataset, networks
+from tools.train_demo import dataset, lessons, networks
 from tools.train_demo.networks import Networks
 from tools.train_demo.pace import Log, Piece
 from tools.train_demo.quality import score
@@ -96,9 +96,8 @@ def main(
         names: tuple[str, ...] = ("vae",)
     else:
         piece = Piece(net, device, batch or 256, scenes, steps, minutes, until, hold, state, log)
-        train_flux(
-            piece, peak=peak, seed=seed, round_at=round_at, muon=muon, guided=guided, data=data, cache=cache
-        )
+        learnt = lessons.read(piece, seed, data, cache)
+        train_flux(piece, learnt, peak=peak, seed=seed, round_at=round_at, muon=muon, guided=guided)
         names = ("flux", "clip", "t5")
     networks.write(net, out, names)
     if exam and stage == "flux":
