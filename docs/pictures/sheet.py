@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -38,10 +39,7 @@ def main() -> None:
             subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
             x, y = GAP + i % ACROSS * (SIDE + GAP), GAP + i // ACROSS * (SIDE + TEXT + GAP)
             sheet.paste(Image.open(picture), (x, y))
-            words = (
-                caption if len(caption) < 42 else caption.replace(" on ", "\non ").replace(" in ", "\nin ")
-            )
-            pen.multiline_text((x, y + SIDE + 4), words, fill="black", font=font)
+            pen.multiline_text((x, y + SIDE + 4), textwrap.fill(caption, 40), fill="black", font=font)
     path = Path(__file__).with_name("sheet.png")
     sheet.save(path)
     print(path)

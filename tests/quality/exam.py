@@ -16,22 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
+from rich.console import Console
 
 from tests.live.service import serving
 from tools.train_demo import dataset
 from tools.train_demo.judge import judge
-from tools.train_demo.scenes import Description, caption
-from xditd.cli.schedule import habits, known, sigmas
-from xditd.client import Client, files
+from tools.train_demo.scenes import SIDE, Description, caption
+from xditd.cli.drawing import Wish, decode, draw
+from xditd.client import Client
 from xditd.demo import conditioning, prompt
 from xditd.protocol.plans import PlanRequest
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "quality.md"
 MARKS = ("<!-- scores: made by tests.quality.exam -->", "<!-- end of scores -->")
-TOGETHER = 4
-"""Pictures of a run."""
+QUIET = Console(quiet=True)
 
 PLANS: dict[str, tuple[PlanRequest, int]] = {
     "one rank": (PlanRequest(devices=("cpu:0",)), 1),
@@ -48,20 +47,18 @@ PLANS: dict[str, tuple[PlanRequest, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of `count` pictures, how many fit; what was wrong with others; and the seconds that sampling took."""
+    """Of `count` pictures, how many fit, and what was wrong with others by their captions; with the latents [count, 16, 32, 32]."""
 
-    fit: int
     count: int
     faults: dict[str, tuple[str, ...]]
-    seconds: float
     latents: torch.Tensor
 
     @property
-    def share(self) -> float:
-        return self.fit / self.count
+    def fit(self) -> int:
+        return self.count - len(self.faults)
 
     def __str__(self) -> str:
-        return f"{self.fit} of {self.count} ({self.share:.0%})"
+        return f"{self.fit} of {self.count} ({self.fit / self.count:.0%})"
 
 
 @contextmanager
@@ -73,46 +70,29 @@ def examined(folder: Path, **settings: Any) -> Iterator[Client]:
 
 
 def sit(
-    client: Client,
-    exam: list[Description],
-    plan: PlanRequest,
-    *,
-    steps: int,
-    cfg: float,
-    guidance: float = 3.5,
-    warmup: int = 1,
+    client: Client, exam: list[Description], plan: PlanRequest, *, steps: int, cfg: float, warmup: int = 1
 ) -> Score:
-    """Draws what the descriptions say, 256², and has the pictures judged."""
+    """Draws what the descriptions say, 256², as `xditctl demo` does, and has the pictures judged."""
     faults: dict[str, tuple[str, ...]] = {}
-    latents, seconds = [], 0.0
-    for begin in range(0, len(exam), TOGETHER):
-        part = exam[begin : begin + TOGETHER]
-        texts = [caption(description) for description in part]
-        noise = files.noise((len(part), 16, 32, 32), begin)
-        with client.open_run(conditioning.FLUX, plan) as run:
-            habit = habits(run.model)
-            values = {"guidance": guidance}
-            run.put_conditioning("positive", conditioning.encode(client, *texts), values)
-            if cfg != 1:
-                run.put_conditioning("negative", conditioning.encode(client, *[""] * len(part)), values)
-            began = time.monotonic()
-            latent = run.sample(
-                noise,
-                sigmas(known(run.model), steps, habit.mu),
-                "positive",
-                negative="negative" if cfg != 1 else None,
-                cfg=cfg,
-                warmup=warmup,
-                previews=False,
-            )
-            seconds += time.monotonic() - began
-            latents.append(latent.clone())
-        pictures = client.decode(conditioning.VAE, latent / habit.scale + habit.shift)
-        for text, picture, description in zip(texts, np.asarray(pictures), part, strict=True):
-            verdict = judge(picture, description)
-            if not verdict.fits:
-                faults[text] = verdict.faults
-    return Score(len(exam) - len(faults), len(exam), faults, seconds, torch.cat(latents))
+    latents = []
+    for seed, description in enumerate(exam):
+        wish = Wish(
+            model=conditioning.FLUX,
+            plan=plan,
+            prompt=caption(description),
+            seed=seed,
+            size=(SIDE, SIDE),
+            steps=steps,
+            cfg=cfg,
+            warmup=warmup,
+        )
+        drawn = draw(client, wish, QUIET)
+        latents.append(drawn.latent)
+        (picture,) = decode(client, conditioning.VAE, drawn.latent, QUIET)
+        verdict = judge(picture.numpy(), description)
+        if not verdict.fits:
+            faults[caption(description)] = verdict.faults
+    return Score(len(exam), faults, torch.cat(latents))
 
 
 def table(client: Client, count: int, steps: int, cfg: float) -> Iterator[str]:

@@ -9,7 +9,7 @@ from tools.train_demo import dataset
 from xditd.protocol.plans import PlanRequest
 
 EXAM = dataset.exam(8)
-LEAST = 4
+LEAST = 5
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 from xditd.client import Client
@@ -19,18 +17,18 @@ CLIP = ModelRef(kind="text_encoders", name="xditd-demo-clip_l.safetensors")
 T5 = ModelRef(kind="text_encoders", name="xditd-demo-t5xxl.safetensors")
 
 
-def encode(client: Client, *texts: str) -> dict[str, Any]:
+def encode(client: Client, text: str) -> dict[str, Any]:
     """What the demo's model is conditioned with, as ComfyUI has it of a Flux model: of "" for an empty prompt.
 
     Returns:
-        context [B, 256, 64] and pooled [B, 16] of B texts, float32 `Buffer`s.
+        context [1, 256, 64] and pooled [1, 16], float32 `Buffer`s.
 
     Raises:
         XditError: as `prompt.tokens`; `model_not_visible` where the daemon does not list the demo's models.
     """
-    words = [prompt.tokens(text) for text in texts]
-    _, pooled = client.encode_text(CLIP, _rows([each.clip for each in words]), pooled="plain")
-    context, _ = client.encode_text(T5, _rows([each.t5 for each in words]))
+    words = prompt.tokens(text)
+    _, pooled = client.encode_text(CLIP, _row(words.clip), pooled="plain")
+    context, _ = client.encode_text(T5, _row(words.t5))
     return {"context": context, "pooled": pooled}
 
 
@@ -49,5 +47,5 @@ def expect(client: Client) -> None:
         )
 
 
-def _rows(tokens: Sequence[tuple[int, ...]]) -> Buffer:
-    return Buffer(array("i", chain(*tokens)), "int32", (len(tokens), len(tokens[0])))
+def _row(tokens: tuple[int, ...]) -> Buffer:
+    return Buffer(array("i", tokens), "int32", (1, len(tokens)))
