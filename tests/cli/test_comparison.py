@@ -51,6 +51,15 @@ def test_devices_are_named_one_by_one_or_as_a_span():
     assert comparison.named("") == ()
 
 
+def test_the_bound_is_of_the_dtype_or_of_what_one_device_makes_of_shaken_noise():
+    assert comparison.bound("float32", 1e-6) == comparison.BOUNDS["float32"]
+    assert comparison.bound("float32", 4e-4) == pytest.approx(8e-4)
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shaken = comparison.shake(noise)
+    torch.testing.assert_close((shaken / noise - 1).abs(), torch.full_like(noise, comparison.SHAKEN))
+    assert 0.3 < (shaken.abs() > noise.abs()).double().mean() < 0.7, "one way or the other"
+
+
 def test_figures_are_over_the_standard_deviation_of_one_devices_latent():
     reference = torch.tensor([[[[0.0, 2.0, 4.0, 6.0]]]])
     largest, mean = comparison.differences(reference + torch.tensor([0.0, 0.0, 0.0, 1.0]), reference)

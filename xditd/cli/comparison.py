@@ -3,6 +3,9 @@
 Figures of a latent are differences from that of one device, over its standard deviation. The bound of float32 is that
 of docs/exactness.md; of the short dtypes it is 16 steps of their rounding (eps 2⁻⁷ of bfloat16, 2⁻¹⁰ of float16), since
 there every other order of a sum rounds otherwise: a floor below which nothing can be told, not a proof.
+
+A sampling carries rounding from step to step, and a model that is sure of what it draws makes more of it: so the bound is never
+below twice of what one device itself makes of noise that is shaken a little.
 """
 
 from __future__ import annotations
@@ -25,6 +28,12 @@ if TYPE_CHECKING:
 BOUNDS = {"float32": 1e-5, "float16": 16 * 2.0**-10, "bfloat16": 16 * 2.0**-7}
 """By compute dtype: the largest difference that an exact plan may have."""
 
+SHAKEN = 1e-6
+"""By how much of itself each value of the noise is changed, to see what a sampling makes of it."""
+
+MARGIN = 2.0
+"""How many times that an exact plan may differ."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
@@ -34,7 +43,7 @@ class Compared:
         plan: as it is spelled.
         exact: it must keep to the bound.
         largest, mean: difference of the latent, over the standard deviation of one device's; None where it was refused.
-        bound: of the dtype; None where the plan is approximate.
+        bound: as `bound` says; None where the plan is approximate.
         psnr: of the decoded pictures in dB, `math.inf` where they are equal; None where none was decoded.
         ratio: seconds of its sampling over those of one device.
         problem: why it was not done.
@@ -67,6 +76,22 @@ class Compared:
 
 REFUSALS = frozenset({Code.BAD_PLAN.value, Code.NOT_BUILT.value})
 """Codes of a plan that the model cannot have, which says nothing against any other."""
+
+
+def bound(dtype: str, shaken: float) -> float:
+    """The largest difference that an exact plan may have.
+
+    Args:
+        dtype: of the arithmetic.
+        shaken: largest difference of one device's own latent, from shaken noise.
+    """
+    return max(BOUNDS[dtype], MARGIN * shaken)
+
+
+def shake(noise: torch.Tensor) -> torch.Tensor:
+    """Noise of which each value differs by `SHAKEN` of itself, one way or the other."""
+    ways = 1 - 2 * (noise.flatten().argsort().argsort() % 2)
+    return noise * (1 + SHAKEN * ways.view(noise.shape))
 
 
 def named(text: str) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,7 +77,8 @@ def verify(
     """Hold MODEL's plans against one device: largest and mean error, PSNR, time.
 
     The same noise and random conditioning, with classifier-free guidance. Exact plans must keep to a bound (float32: 1e-5
-    of the latent's standard deviation); of approximate ones the figure is told. What was not loaded is unloaded again.
+    of the latent's standard deviation, or twice what one device makes of noise that is shaken by 1e-6); of approximate ones
+    the figure is told. What was not loaded is unloaded again.
 
     Status 1 where an exact plan is further off, or any plan failed. One that the model cannot have is told, and no failure.
 
@@ -102,6 +104,17 @@ def verify(
         click.get_current_context().exit(exits.FAILED)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """A plan's two samplings: latents [B, C, h, w] of the first and the second, whose seconds they are."""
+
+    loaded: Loaded
+    before: torch.Tensor
+    latent: torch.Tensor
+    steps: int
+    seconds: float
+
+
 class _Trial:
     """Samplings that differ in their plans alone."""
 
@@ -113,34 +126,41 @@ class _Trial:
 
     def compare(self, reference: PlanRequest, plans: list[PlanRequest]) -> list[Compared]:
         """One device is sampled first: what goes wrong there is raised."""
-        loaded, latent, seconds = self._sample(reference)
-        picture = self._decode(latent)
-        bound = comparison.BOUNDS[loaded.dtype]
+        one_device = self._sample(reference, shaken=True)
+        picture = self._decode(one_device.latent)
+        shaken, _ = comparison.differences(one_device.before, one_device.latent)
+        bound = comparison.bound(one_device.loaded.dtype, shaken)
         done = []
         for plan in plans:
             one = Compared(plan=comparison.spelled(plan))
             try:
-                under, found, took = self._sample(plan)
-                one = replace(one, exact=comparison.is_exact(under.plan, self.wish.warmup, len(found[1]) - 1))
-                largest, mean = comparison.differences(found[0], latent[0])
-                image = self._decode(found)
+                found = self._sample(plan)
+                one = replace(
+                    one, exact=comparison.is_exact(found.loaded.plan, self.wish.warmup, found.steps)
+                )
+                largest, mean = comparison.differences(found.latent, one_device.latent)
+                image = self._decode(found.latent)
                 done.append(
                     replace(
                         one,
-                        plan=words.degrees(under.plan),
+                        plan=words.degrees(found.loaded.plan),
                         largest=largest,
                         mean=mean,
                         bound=bound if one.exact else None,
                         psnr=None if image is None else comparison.psnr(image, picture),
-                        ratio=took / seconds,
+                        ratio=found.seconds / one_device.seconds,
                     )
                 )
             except XditError as error:
                 done.append(replace(one, problem=error.message, code=str(error.code)))
         return done
 
-    def _sample(self, plan: PlanRequest) -> tuple[Loaded, tuple[torch.Tensor, tuple[float, ...]], float]:
-        """Loads, samples twice, since the first may compile, and gives the memory back. The second's seconds."""
+    def _sample(self, plan: PlanRequest, *, shaken: bool = False) -> _Sampled:
+        """Loads, samples twice, since the first may compile, and gives the memory back.
+
+        Args:
+            shaken: the first time from shaken noise.
+        """
         wish, name = self.wish, f"{words.model(self.wish.model)}, {comparison.spelled(plan)}"
         with PhaseBar(self.console, name) as bar:
             loaded = self.client.load(wish.model, plan, on_event=bar.on_event)
@@ -148,9 +168,10 @@ class _Trial:
             with self.client.open_run(wish.model, plan, label="xditctl verify") as run:
                 negative = random_conditioning(run.model, wish.seed + 1000)
                 ready = prepare(run, wish, None, negative)
-                for _ in range(2):
-                    latent, seconds = sampled(run, ready, wish, self.console, name)
-                return loaded, (latent, ready.sigmas), seconds
+                first = replace(ready, noise=comparison.shake(ready.noise)) if shaken else ready
+                before, _ = sampled(run, first, wish, self.console, name)
+                latent, seconds = sampled(run, ready, wish, self.console, name)
+                return _Sampled(loaded, before, latent, len(ready.sigmas) - 1, seconds)
         finally:
             if not loaded.warm:
                 self._unload(loaded.group)
@@ -163,8 +184,8 @@ class _Trial:
             if error.code not in (Code.GROUP_BUSY, Code.NO_SUCH_GROUP):
                 raise
 
-    def _decode(self, sampled: tuple[torch.Tensor, tuple[float, ...]]) -> Any:
-        return None if self.vae is None else decode(self.client, self.vae, sampled[0], self.console).clone()
+    def _decode(self, latent: torch.Tensor) -> Any:
+        return None if self.vae is None else decode(self.client, self.vae, latent, self.console).clone()
 
 
 def _show(results: list[Compared], console: Console) -> None:
@@ -175,7 +196,7 @@ def _show(results: list[Compared], console: Console) -> None:
             one.plan,
             Text(one.verdict, style=STYLE[one.verdict]),
             *(_figure(value) for value in (one.largest, one.mean, one.bound)),
-            words.UNKNOWN if one.psnr is None else f"{one.psnr:.1f} dB",
+            _decibels(one.psnr),
             words.UNKNOWN if one.ratio is None else f"{one.ratio:.2f}×",
             Text(one.problem, style="dim"),
         )
@@ -193,3 +214,9 @@ def _show(results: list[Compared], console: Console) -> None:
 
 def _figure(value: float | None) -> str:
     return words.UNKNOWN if value is None else f"{value:.1e}"
+
+
+def _decibels(value: float | None) -> str:
+    if value is None:
+        return words.UNKNOWN
+    return "equal" if math.isinf(value) else f"{value:.1f} dB"
