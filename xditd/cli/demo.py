@@ -13,7 +13,7 @@ import click
 from xditd.cli import words
 from xditd.cli.bars import PhaseBar
 from xditd.cli.commands import connect, endpoint_option, stderr, stdout
-from xditd.cli.drawing import Wish, decode, draw
+from xditd.cli.drawing import Wish, decode, draw, show
 from xditd.cli.models import plan_options
 from xditd.cli.own_daemon import OwnDaemon
 from xditd.cli.sample import PictureSize
@@ -103,10 +103,7 @@ def _show(client: Client, wish: Wish, output: Path) -> None:
     where = f"{words.degrees(loaded.plan)} on {', '.join(loaded.plan.devices)}"
     console.print(f"{words.OK} {name} is ready after {words.duration(loaded.seconds)}: {where}", markup=False)
     drawn = draw(client, wish, stderr())
-    pace = words.duration(drawn.seconds / drawn.steps)
-    console.print(
-        f"{words.OK} {words.plural(drawn.steps, 'step')} in {words.duration(drawn.seconds)}, {pace} a step"
-    )
+    show(drawn, console)
     image = decode(client, conditioning.VAE, drawn.latent, stderr())
     notes = {"Software": "xditd demo", "prompt": wish.prompt or "", "seed": str(wish.seed)}
     files.write_png(output, image, notes)

@@ -180,6 +180,17 @@ def draw(client: Client, wish: Wish, console: Console) -> Drawn:
     return Drawn(latent, group, plan, len(ready.sigmas) - 1, seconds, run.lora, run.degraded)
 
 
+def show(drawn: Drawn, console: Console) -> None:
+    """How long it took and under which plan, and why that is a lesser one than was asked for."""
+    pace = f"{words.duration(drawn.seconds)}, {words.duration(drawn.seconds / drawn.steps)} a step"
+    where = f"{words.degrees(drawn.plan)} on {', '.join(drawn.plan.devices)}"
+    console.print(
+        f"{words.OK} {words.plural(drawn.steps, 'step')} in {pace}: {where}", markup=False, soft_wrap=True
+    )
+    if drawn.degraded:
+        console.print(words.degraded(drawn.degraded), style="yellow", markup=False)
+
+
 def given(client: Client, wish: Wish) -> tuple[Tensors | None, Tensors | None]:
     """The positive and the negative conditioning of a wish; None where it says none."""
     if wish.prompt is not None:

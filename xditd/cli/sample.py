@@ -10,7 +10,7 @@ import msgspec
 
 from xditd.cli import words
 from xditd.cli.commands import MODEL, connect, endpoint_option, stderr, stdout
-from xditd.cli.drawing import SAMPLERS, Wish, decode, draw
+from xditd.cli.drawing import SAMPLERS, Wish, decode, draw, show
 from xditd.cli.models import DTYPES, plan_options
 from xditd.client import files
 from xditd.protocol.messages import ModelRef, PlanRequest
@@ -190,14 +190,7 @@ def sample(
     console = stdout()
     with connect(endpoint) as client:
         drawn = draw(client, wish, stderr())
-        pace = f"{words.duration(drawn.seconds)}, {words.duration(drawn.seconds / drawn.steps)} a step"
-        console.print(
-            f"{words.OK} {words.plural(drawn.steps, 'step')} in {pace}: {words.degrees(drawn.plan)} "
-            f"on {', '.join(drawn.plan.devices)}",
-            markup=False,
-        )
-        if drawn.degraded:
-            console.print(words.degraded(drawn.degraded), style="yellow", markup=False)
+        show(drawn, console)
         for match in drawn.lora:
             console.print(f"   {words.lora(match)}", markup=False)
         if save_latent is not None:
