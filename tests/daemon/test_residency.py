@@ -356,3 +356,33 @@ def test_the_hosts_memory_must_have_room_for_what_is_offloaded_from_a_gpu():
     world.host_free = 51
     assert offloaded("a", world).state == "queued"
     assert groups(world) == {"a": "starting"}
+
+
+def test_who_sleeps_in_the_hosts_memory_goes_for_a_model_that_is_offloaded_there():
+    world = World(
+        devices=("cuda:0",), memory_total=100, parameters=SIZES, host_free=100, keep=Keep(awake=10.0)
+    )
+    for ref in (A, B):
+        used(world, ref)
+        world.pass_time(11.0)
+        world.rest(world.started[-1], asleep=True)
+    assert groups(world) == {"a": "asleep", "b": "asleep"}
+    world.host_free = 20  # each of them has 40, and ten are left to others
+    run = offloaded("c", world)
+    assert groups(world) == {"a": "leaving", "b": "asleep", "c": "waiting"}, "the one that is idle longest"
+    world.core.tick(world.now)
+    assert groups(world) == {"a": "leaving", "b": "asleep", "c": "waiting"}, "its memory is on its way"
+    world.host_free = 60
+    make_leave(world)
+    assert groups(world) == {"b": "asleep", "c": "starting"}
+    world.ready(world.started[-1])
+    assert run.state == "bound"
+
+
+def test_two_models_that_are_offloaded_at_once_do_not_count_on_the_same_room():
+    world = World(devices=("cuda:0",), memory_total=100, parameters=SIZES, host_free=80)
+    first, second = offloaded("a", world), offloaded("b", world)
+    assert groups(world) == {"a": "starting", "b": "waiting"}, "there is room for either, and not for both"
+    world.host_free = 40  # the first has taken its own
+    world.ready(world.started[0])
+    assert (first.state, second.code) == ("bound", "out_of_memory")

@@ -151,10 +151,12 @@ class Residency:
             lacking = self._take(lacking, busy, where, hold, now)
             lacking = self._take_passing(lacking, busy, there, where, own, hold)
             coming = coming or lacking > 0
-        if crowded := self._crowded(group):
-            return Verdict(never=crowded)
+        host = self._host(group, groups, in_use, now)
+        if host.never:
+            return host
+        evict.extend(host.evict)
         held = tuple(hold) if now - since > self.patience else ()
-        fits = not evict and not hold and not coming
+        fits = host.fits and not evict and not hold and not coming
         sleep: list[Group] = []
         for one in evict:
             if self.may_sleep(one, groups, sleep):
@@ -189,16 +191,12 @@ class Residency:
         host = self.memory.memory(HOST)
         if host is None:
             return True
-        coming = (*besides, *(one for one in groups if one.state == "dozing"))
-        taken = sum(self.host_bytes(one) for one in (group, *coming))
+        taken = sum(map(self.host_bytes, (group, *besides))) + sum(map(_coming_to_host, groups))
         return host.free - taken >= LEFT_TO_OTHERS * host.total
 
     def host_bytes(self, group: Group) -> int:
-        """Bytes of the host's memory that a group takes when it sleeps: a CPU's ranks go back to the file's pages."""
-        if group.key.plan.offload:  # what waits there does so anyway
-            return 0
-        of_one = share(group.found.info, group.key.dtype, group.key.plan)
-        return sum(of_one for device in group.devices if pool(device) != "cpu")
+        """Bytes of the host's memory that a group takes when it sleeps."""
+        return 0 if group.key.plan.offload else _of_host(group)  # what waits there does so anyway
 
     def to_free(
         self,
@@ -255,16 +253,31 @@ class Residency:
                 lacking -= before - self._passing((one for one in there if one not in into), where, own)
         return lacking
 
-    def _crowded(self, group: Group) -> str:
-        """Why the host's memory has no room for the weights of a group that starts and offloads them; "" where it has."""
+    def _host(
+        self, group: Group, groups: Sequence[Group], in_use: Callable[[Group], bool], now: float
+    ) -> Verdict:
+        """Whether the host's memory has room for the weights of a group that starts and offloads them; models that sleep there make
+        some."""
         host = self.memory.memory(HOST)
-        if host is None or group.state != "waiting" or not group.key.plan.offload:
-            return ""
-        of_one = share(group.found.info, group.key.dtype, group.key.plan)
-        taken = sum(of_one for device in group.devices if pool(device) != "cpu")
-        if host.free - taken >= LEFT_TO_OTHERS * host.total or not taken:
-            return ""
-        return f"{group.found.info.name} needs {_gib(taken)} of the host's memory to be offloaded to, which are not free"
+        needed = _of_host(group)
+        if host is None or group.state != "waiting" or not group.key.plan.offload or not needed:
+            return Verdict(fits=True)
+        lacking = needed - (host.free - LEFT_TO_OTHERS * host.total)
+        if lacking <= 0:  # of the free, others may be about to take theirs
+            return Verdict(fits=lacking + sum(map(_coming_to_host, groups)) <= 0)
+        leaving = [one for one in groups if one.state in ("leaving", "failed")]
+        lacking -= sum(map(_of_host, leaving))
+        evict: list[Group] = []
+        asleep = (one for one in groups if one.state == "asleep" and _of_host(one) and not in_use(one))
+        for one in sorted(asleep, key=lambda one: -worthless(one, now)):
+            if lacking > 0:
+                evict.append(one)
+                lacking -= _of_host(one)
+        if lacking <= 0:
+            return Verdict(evict=tuple(evict))
+        return Verdict(
+            never=f"{group.found.info.name} needs {_gib(needed)} of the host's memory to be offloaded to, which are not free"
+        )
 
     def _back(self, group: Group, where: str) -> int:
         """Bytes that come back when it is gone: what its ranks say, where that is more."""
@@ -339,3 +352,17 @@ def _gib(nbytes: float) -> str:
 
 def _holds(group: Group) -> bool:
     return group.state in HOLDING and not group.resting
+
+
+def _of_host(group: Group) -> int:
+    """Bytes of the host's memory that a group's weights take there, asleep or offloaded: a CPU's are the file's own pages."""
+    of_one = share(group.found.info, group.key.dtype, group.key.plan)
+    return sum(of_one for device in group.devices if pool(device) != "cpu")
+
+
+def _coming_to_host(group: Group) -> int:
+    """Of those, bytes that it is about to take."""
+    if group.state != ("starting" if group.key.plan.offload else "dozing"):
+        return 0
+    loaded, total = group.progress
+    return _of_host(group) * (total - loaded) // total if total else _of_host(group)
