@@ -214,7 +214,7 @@ class Requests:
 
     async def _open(self, session: Session, message: m.OpenRun | m.Load) -> None:
         if isinstance(message, m.Load):
-            await self._load(session.peer, message)
+            await self._load(session.peer, message, lambda: session.alive)
             return
         found, keys, ladder = await self._find(message.model, message.plan)
         loras = await self._find_loras(message.lora, found)
@@ -232,10 +232,16 @@ class Requests:
         with_them = "".join(f" {_told(match)}" for match in run.lora)
         log.info("Opened by %s: %s.%s", session.name, message.model.name, with_them, extra={"run": run.id})
 
-    async def _load(self, peer: bytes, message: m.Load) -> None:
-        self.dispatcher.refuse_if_draining()
+    async def _load(self, peer: bytes, message: m.Load, waits: Callable[[], bool] = lambda: True) -> None:
+        """
+        Args:
+            waits: whether whoever asked is still there, when the files have been read.
+        """
         found, keys, ladder = await self._find(message.model, message.plan)
         loras = tuple(each.match for each in await self._find_loras(message.lora, found))
+        if not waits():
+            return
+        self.dispatcher.refuse_if_draining()
         self.dispatcher.fleet.load(peer, message, found, keys, time.monotonic(), loras, ladder)
 
     def _unload(self, session: Session, message: m.Unload, now: float) -> None:
