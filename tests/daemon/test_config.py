@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
 
-from xditd.daemon.config import Config, Preload, load_config
+from xditd.daemon.config import Compute, Config, Preload, load_config
 from xditd.daemon.config_file import known_keys, parse_seconds, parse_size, resolve
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.kernels import KERNELS
 from xditd.protocol.messages import ModelRef, PlanRequest
+from xditd.protocol.plans import OFFLOADS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "systemd" / "xditd.toml.example"
@@ -60,6 +63,13 @@ def test_a_preload_has_every_key_of_a_plan_and_asks_for_it():
     said = {name: odd.get(name, number) for number, name in enumerate(names, start=2)}
     assert Preload(model="vae/a", **said).plan == PlanRequest(**said)
     assert Preload(model="vae/a").plan == PlanRequest()
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "words"), [(Preload, "offload", OFFLOADS), (Compute, "attention", ("", *KERNELS))]
+)
+def test_a_key_takes_the_words_that_there_are(table, key, words):
+    assert get_args(get_type_hints(table)[key]) == words
 
 
 def test_the_documentation_lists_every_key_with_its_default():

@@ -18,6 +18,7 @@ from xditd.cli.bars import PhaseBar
 from xditd.cli.commands import MODEL, connect, endpoint_option, json_option, print_json, stderr, stdout
 from xditd.protocol.figures import MemoryStatus
 from xditd.protocol.messages import ModelList, ModelRef, PlanRequest
+from xditd.protocol.plans import OFFLOADS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,7 +77,7 @@ def plan_options(command: F) -> F:
         ),
         click.option(
             "--offload",
-            type=click.Choice(("model", "layerwise")),
+            type=click.Choice([offload for offload in OFFLOADS if offload]),
             help="Weights wait in the host's memory, and come to the device for a turn (model) or layer by layer (layerwise).",
         ),
         click.option(

@@ -26,8 +26,6 @@ from torch import nn
 from xditd.models.pinning import ALIGNMENT, Pinned
 from xditd.models.reading import Placed, WeightFile
 
-MODES = ("model", "layerwise")
-
 BUFFERS = 2
 """Layers on the device at one time: the one that runs, and the next."""
 
