@@ -89,6 +89,7 @@ def test_fifty_starts_leave_no_descriptor_and_no_process(tmp_path: Path) -> None
 
         await until(lambda: not left())  # those who were forked and not wanted any more
         executor.close()
+        await until(lambda: not left())  # and who was being forked as the nursery was ended
         assert psutil.Process().children() == []
         assert len(os.listdir("/proc/self/fd")) < before
 
