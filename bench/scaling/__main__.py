@@ -14,6 +14,7 @@ import math
 import statistics
 from pathlib import Path
 
+from bench.document import rewrite
 from bench.scaling.published import TABLES, Table, degrees
 from xditd.daemon.costs import estimate
 from xditd.protocol.plans import Plan
@@ -33,9 +34,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into docs/scaling.md")
     text = report()
     if parser.parse_args().write:
-        document = DOCUMENT.read_text(encoding="utf-8")
-        head, tail = document.partition(BEGIN)[0], document.partition(END)[2]
-        DOCUMENT.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+        rewrite(DOCUMENT, BEGIN, text, END)
     print(text)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from bench.daemon import serving
+from bench.document import rewrite
 from bench.machine import describe
 from bench.spread import ratios, spread
 from xditd.client import Client, Run
@@ -55,9 +56,7 @@ def main() -> None:
     machine["load at the end"] = describe()["load"].partition(" (")[0]
     text = report(machine, seconds)
     if chosen.write:
-        document = DOCUMENT.read_text(encoding="utf-8")
-        head, tail = document.partition(BEGIN)[0], document.partition(END)[2]
-        DOCUMENT.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+        rewrite(DOCUMENT, BEGIN, text, END)
     print(text)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import click
 import torch
 
+from bench.document import rewrite
 from tests.rank.families import CASES, Case, normal
 from tests.rank.ranks import Ranks, framed, running
 from tests.rank.reference import error
@@ -62,9 +63,7 @@ def main(write: bool, only: str) -> None:
     click.echo(text)
     click.echo(f"{time.monotonic() - begin:.0f} s", err=True)
     if write:
-        document = DOCUMENT.read_text(encoding="utf-8")
-        head, tail = document.partition(BEGIN)[0], document.partition(END)[2]
-        DOCUMENT.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+        rewrite(DOCUMENT, BEGIN, text, END)
     if max(figures.values()) > BOUND:
         sys.exit(1)
 
