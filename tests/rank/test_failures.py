@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.rank.ranks import Ranks, framed, running
 from xditd.models.making import make_flux
 from xditd.protocol import orders
 from xditd.protocol.messages import DenoiseItem
+from xditd.rank.failures import let_go
 
 SMALL = {"heads": 2, "head_dim": 32, "context_width": 64, "pooled_width": 32}
 
@@ -113,3 +115,26 @@ def test_a_damaged_file_ends_the_rank_with_the_key_named(tmp_path: Path, damage,
         failed, _ = ranks.wait(orders.RankFailed, timeout=120)
         assert (failed.order, failed.code, failed.alive) == (None, "file_invalid", False)
         assert key in failed.message
+
+
+def test_an_exception_that_is_let_go_of_holds_no_tensor_nor_do_those_that_it_came_from() -> None:
+    held = []
+
+    def compute() -> None:
+        taken = torch.zeros(3)
+        held.append(weakref.ref(taken))
+        raise torch.OutOfMemoryError("for the next")
+
+    def wrap() -> None:
+        mine = torch.zeros(3)
+        held.append(weakref.ref(mine))
+        try:
+            compute()
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("as a library puts it") from error
+
+    with pytest.raises(RuntimeError) as caught:
+        wrap()
+    assert all(one() is not None for one in held)
+    let_go(caught.value)
+    assert [one() for one in held] == [None, None]

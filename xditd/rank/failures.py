@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 from xditd.protocol.errors import Code, XditError
 
@@ -42,6 +43,18 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     # The CPU's allocator has no class of its own.
     return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def let_go(error: BaseException) -> None:
+    """Empties the frames of an exception, and of those that it came from: they hold tensors, perhaps all that memory lacked."""
+    known: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        one = chain.pop()
+        if one is not None and id(one) not in known:
+            known.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            chain += (one.__cause__, one.__context__)
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from xditd.protocol import orders
 from xditd.protocol.codec import encode
 from xditd.protocol.errors import Code, XditError
 from xditd.rank.answers import Answer, Worker
-from xditd.rank.failures import explain, is_refusal
+from xditd.rank.failures import explain, is_refusal, let_go
 from xditd.rank.faults import Faults
 from xditd.rank.inbox import Inbox
 
@@ -118,7 +118,7 @@ class Loop:
         """Tells of the exception where it is due. Whether this process serves on."""
         told = failed(self._spec.rank, error, getattr(order, "order", None), alive=False)
         told = structs.replace(told, run=getattr(order, "run", None))
-        traceback.clear_frames(error.__traceback__)  # they hold tensors, perhaps all that memory lacked
+        let_go(error)
         # Who knows where weights are that went half of the way?
         # And a file may read otherwise for each rank of a world: one that owes it and one that has it would part.
         torn = isinstance(order, orders.RESTS) or (

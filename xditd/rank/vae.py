@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -14,7 +13,7 @@ from xditd.protocol import orders
 from xditd.rank.answers import Answer, Handlers
 from xditd.rank.batches import singly
 from xditd.rank.device import Device
-from xditd.rank.failures import out_of_memory
+from xditd.rank.failures import let_go, out_of_memory
 from xditd.rank.faults import Faults
 from xditd.rank.places import Frames
 from xditd.rank.rest import resting, turning
@@ -96,7 +95,7 @@ class Vae:
         except Exception as error:
             if not (order.tiles and out_of_memory(error)):
                 raise
-            traceback.clear_frames(error.__traceback__)  # they hold the tensors that memory was taken by
+            let_go(error)
         self._device.settle()
         return computed(TILE), (
             f"the device ran out of memory over the picture whole; it was computed in tiles of {TILE} pixels, which is "
