@@ -20,6 +20,7 @@ from tests.client.fake_daemon import FakeDaemon
 from tests.client.test_client import MODEL, x
 from tests.client.threads import later
 from tests.handoff.host import descriptors, segments_of
+from tests.live.service import wait_for
 from xditd.client import Client
 from xditd.protocol.errors import Code, XditError
 
@@ -69,12 +70,11 @@ def test_a_killed_daemon_fails_what_is_under_way_at_once_in_every_thread(
     with killable(tmp_path / "d") as process, Client(f"ipc://{tmp_path}/d", shared_memory=shared) as client:
         run = client.open_run(MODEL)
         process.send_signal(signal.SIGSTOP)
-        while " T " not in Path(f"/proc/{process.pid}/stat").read_text():  # it may still answer until then
-            time.sleep(0.001)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)  # it may still answer until then
+        assert os.WIFSTOPPED(status)
         waiting = [later(client.status) for _ in range(3)]
         waiting.append(later(run.denoise, [(x(), 0.0, "c")]))  # type: ignore[arg-type]
-        while not client._connection or len(client._connection._requests) < 4:
-            time.sleep(0.001)
+        wait_for(lambda: client._connection and len(client._connection._requests) == 4, "all to be asked")
         begin = time.monotonic()
         process.kill()
         failures = [future.exception(10) for future in waiting]
