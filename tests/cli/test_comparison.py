@@ -9,6 +9,7 @@ import torch
 
 from xditd.cli import comparison
 from xditd.cli.comparison import Compared
+from xditd.cli.models import names
 from xditd.protocol.errors import XditError
 from xditd.protocol.messages import Plan
 
@@ -47,8 +48,8 @@ def test_a_plan_is_written_as_its_degrees_or_its_strategy():
 
 
 def test_devices_are_named_one_by_one_or_as_a_span():
-    assert comparison.named("0-2, cuda:3") == ("0", "1", "2", "cuda:3")
-    assert comparison.named("") == ()
+    assert comparison.singly(names("0-2, cuda:3")) == ("0", "1", "2", "cuda:3")
+    assert comparison.singly(names("")) == ()
 
 
 def test_the_bound_is_of_the_dtype_or_of_what_one_device_makes_of_shaken_noise():

@@ -11,7 +11,7 @@ below twice of what one device itself makes of noise that is shaken a little.
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from msgspec import structs
 from xditd.cli import words
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan, PlanRequest
-from xditd.protocol.plans import DEGREES
+from xditd.protocol.plans import DEGREES, spread_devices
 
 if TYPE_CHECKING:
     import torch
@@ -94,13 +94,9 @@ def shake(noise: torch.Tensor) -> torch.Tensor:
     return noise * (1 + SHAKEN * ways.view(noise.shape))
 
 
-def named(text: str) -> tuple[str, ...]:
-    """Devices as people write them, "0,1", "0-3" or "cuda:0", each by itself: plans are made of how many there are."""
-    names: list[str] = []
-    for part in (part.strip() for part in text.split(",")):
-        span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", part)
-        names += [part] if span is None else map(str, range(int(span[1]), int(span[2]) + 1))
-    return tuple(name for name in names if name)
+def singly(names: Iterable[str]) -> tuple[str, ...]:
+    """Devices as they were named, each by itself: plans are made of how many there are."""
+    return tuple(single for name in names for single in spread_devices(name))
 
 
 def candidates(devices: tuple[str, ...]) -> list[PlanRequest]:

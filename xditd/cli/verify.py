@@ -16,7 +16,7 @@ from xditd.cli.bars import PhaseBar
 from xditd.cli.commands import MODEL, connect, endpoint_option, json_option, print_json, stderr, stdout
 from xditd.cli.comparison import Compared
 from xditd.cli.drawing import Wish, decode, prepare, random_conditioning, sampled
-from xditd.cli.models import DTYPES
+from xditd.cli.models import DTYPES, names
 from xditd.cli.sample import PictureSize
 from xditd.cli.shapes import columns
 from xditd.client import Client
@@ -90,7 +90,7 @@ def verify(
     """
     model = msgspec.structs.replace(model, dtype=dtype or "")
     with connect(endpoint) as client:
-        there = comparison.named(devices) or tuple(device.name for device in client.status().devices)
+        there = comparison.singly(names(devices)) or tuple(device.name for device in client.status().devices)
         asked = [comparison.parsed(text, there) for text in plans] or comparison.candidates(there)
         if not asked:
             raise XditError(Code.BAD_PLAN, f"{there[0]} is one device: there is no plan to hold against it.")

@@ -9,7 +9,6 @@ takes one device, but of several that are named all of a VAE's share its picture
 from __future__ import annotations
 
 import math
-import re
 
 from msgspec import structs
 
@@ -17,7 +16,7 @@ from xditd.catalog.families import family
 from xditd.daemon.scheduling import POLICIES
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
-from xditd.protocol.plans import DEGREES, OFFLOADS, spell_degrees
+from xditd.protocol.plans import DEGREES, OFFLOADS, spell_degrees, spread_devices
 
 STRATEGIES = ("auto", "usp", "hybrid", "cfg", "tensor", "pipefusion")
 """In lower case. auto, usp and hybrid mean sequence parallelism for what no degree speaks for."""
@@ -233,7 +232,7 @@ def _devices(names: tuple[str, ...], owned: list[str], wanted: int) -> tuple[str
             )
         return tuple(owned[:wanted])
     resolved = []
-    for name in (single for given in names for single in _spread(given)):
+    for name in (single for given in names for single in spread_devices(given)):
         matches = [device for device in owned if name in (device, device.partition(":")[2])]
         if not matches:
             raise XditError(
@@ -243,12 +242,6 @@ def _devices(names: tuple[str, ...], owned: list[str], wanted: int) -> tuple[str
     if len(set(resolved)) != len(resolved):
         raise XditError(Code.BAD_DEVICE, f"A device is named twice in {', '.join(names)}.")
     return tuple(resolved)
-
-
-def _spread(name: str) -> list[str]:
-    """ "0-3" is "0", "1", "2", "3"; any other name is itself."""
-    span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", name)
-    return [name] if span is None else [str(index) for index in range(int(span[1]), int(span[2]) + 1)]
 
 
 def _fill(degrees: dict[str, int], rest: int, info: ModelInfo) -> dict[str, int]:

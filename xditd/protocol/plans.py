@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -55,7 +56,7 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     strategy: Name = "auto"  # "auto", "USP", "CFG", "PipeFusion", "Tensor", "Hybrid"
     devices: tuple[
         Name, ...
-    ] = ()  # names as `status` lists them, "0" or "cuda:0"; () is all that the daemon owns
+    ] = ()  # names as `status` lists them, "0", "0-3" or "cuda:0"; () is all that the daemon owns
     cfg: Degree = 0
     ulysses: Degree = 0
     ring: Degree = 0
@@ -135,3 +136,9 @@ class SkippedFile(Struct, frozen=True, kw_only=True):
     name: str
     code: str
     message: str
+
+
+def spread_devices(name: str) -> tuple[str, ...]:
+    """Of a name in `PlanRequest.devices`: "0-3" is "0", "1", "2", "3"; any other is itself."""
+    span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", name)
+    return (name,) if span is None else tuple(map(str, range(int(span[1]), int(span[2]) + 1)))
