@@ -122,26 +122,27 @@ def parsed(text: str, devices: tuple[str, ...]) -> PlanRequest:
     Raises:
         XditError: `bad_plan`.
     """
-    words_of = [part.strip() for part in text.split(",")]
-    offload = next((part.partition("=")[2] for part in words_of if part.startswith("offload=")), "")
-    kept = [part for part in words_of if part != "shard" and not part.startswith("offload=")]
     if "=" not in text:
         return PlanRequest(strategy=text, devices=devices, fallback="never")
     degrees: dict[str, int] = {}
-    for part in kept:
-        name, _, degree = part.partition("=")
-        if name not in DEGREES or not degree.isdecimal() or int(degree) < 1:
+    offload, shard = "", False
+    for part in map(str.strip, text.split(",")):
+        name, _, value = part.partition("=")
+        if part == "shard":
+            shard = True
+        elif name == "offload":
+            offload = value
+        elif name in DEGREES and value.isdecimal() and int(value) > 0:
+            degrees[name] = int(value)
+        else:
             raise XditError(
                 Code.BAD_PLAN,
                 f"{part!r} is no degree: write {', '.join(DEGREES)} with a number, as in ulysses=2, or shard, or offload=layerwise.",
             )
-        degrees[name] = int(degree)
     needed = math.prod(degrees.values())
     if needed > len(devices):
         raise XditError(Code.BAD_PLAN, f"{text} needs {needed} devices, and there are {len(devices)}.")
-    request = PlanRequest(
-        devices=devices[:needed], offload=offload, shard="shard" in words_of, fallback="never"
-    )
+    request = PlanRequest(devices=devices[:needed], offload=offload, shard=shard, fallback="never")
     return structs.replace(request, **degrees)
 
 
