@@ -39,8 +39,10 @@ DEGREE_HELP = {
 
 
 def plan_options(command: F) -> F:
-    """--strategy, the degrees, --devices, --offload, --shard, --fallback: the command gets a PlanRequest of them as `asked`. What is left out
-    is the planner's choice."""
+    """--strategy, the degrees, --devices, --offload, --shard, --fallback: the command gets a PlanRequest of them as `asked`.
+
+    What is left out is the planner's choice.
+    """
 
     @functools.wraps(command)
     def with_plan(
@@ -68,7 +70,7 @@ def plan_options(command: F) -> F:
         click.option(
             "--fallback",
             type=click.Choice(("auto", "never")),
-            help="Of a plan that cannot be had: with fewer devices, or not at all; default: as the daemon is configured.",
+            help="Of a plan that cannot be had: auto does it with fewer devices, item by item or with offload, never does not; default: as the daemon is configured.",
         ),
         click.option(
             "--shard",
@@ -116,7 +118,9 @@ def names(devices: str) -> tuple[str, ...]:
 
 
 @click.command()
-@click.option("--kind", default="", help="Only this kind: diffusion_models, checkpoints, vae.")
+@click.option(
+    "--kind", default="", help="Only this kind: diffusion_models, checkpoints, vae, text_encoders, loras."
+)
 @json_option
 @endpoint_option
 def models(endpoint: str | None, kind: str, as_json: bool) -> None:
