@@ -25,6 +25,7 @@ class Gpu:
     links: dict[int, Any] = field(default_factory=dict)  # link → "switch", a Gpu, or None where it is down
     version: int = 6
     speed: int = 26_562  # MB/s
+    capability: tuple[int, int] | None = (9, 0)
 
     @property
     def bus(self) -> bytes:
@@ -32,7 +33,7 @@ class Gpu:
 
 
 class FakeNvml:
-    """Plays the module `pynvml`. `asked` counts the calls; `lost` makes every figure raise."""
+    """Plays the module `pynvml`. `asked` counts the calls for figures; `lost` makes every figure raise."""
 
     NVMLError = NVMLError
     NVML_SUCCESS = 0
@@ -75,6 +76,11 @@ class FakeNvml:
 
     def nvmlDeviceGetUUID(self, gpu: Gpu) -> str:
         return f"GPU-{gpu.index}"
+
+    def nvmlDeviceGetCudaComputeCapability(self, gpu: Gpu) -> tuple[int, int]:
+        if gpu.capability is None:
+            raise NVMLError("Not Supported")
+        return gpu.capability
 
     def nvmlDeviceGetMemoryInfo(self, gpu: Gpu) -> Any:
         total, used = self._told(gpu.memory)

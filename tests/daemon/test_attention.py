@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 
-from xditd.daemon.devices import Device, check_attention
+from tests.daemon.fake_nvml import FakeNvml, Gpu
+from xditd.daemon.devices import Device, check_attention, own
 from xditd.protocol import kernels
 from xditd.protocol.errors import Code, XditError
 
@@ -40,3 +42,18 @@ def test_gpus_without_flash_attn_are_told_of_in_one_line(
         check_attention("cudnn", [GPU, GPU])
     (line,) = caplog.messages
     assert line.startswith("⚠️ flash-attn is not installed")
+
+
+def test_a_kernel_that_is_not_for_one_of_the_gpus_is_refused_before_a_rank_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cards = (Gpu(0), Gpu(1, capability=(8, 9)), Gpu(2, capability=None))
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(*cards))
+    monkeypatch.setattr(kernels, "installed", kernels.KERNELS.__contains__)
+    hopper, ada, silent = own("cuda", (), 1)
+    assert (hopper.capability, ada.capability, silent.capability) == ((9, 0), (8, 9), None)
+    check_attention("flash_3", [hopper, silent])
+    check_attention("flash", [hopper, ada, silent])
+    with pytest.raises(XditError, match=r"flash_3.*compute capability 8\.9, as cuda:1 is") as refused:
+        check_attention("flash_3", [hopper, ada, silent])
+    assert refused.value.code == Code.BAD_CONFIG

@@ -22,12 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device. `handle` is NVML's, None for a CPU rank."""
+    """One device. `handle` is NVML's, None for a CPU rank; the compute capability is None where NVML does not tell it."""
 
     name: str
     model: str
     uuid: str = ""
     handle: Any = None
+    capability: tuple[int, int] | None = None
 
     @property
     def is_cuda(self) -> bool:
@@ -72,6 +73,13 @@ def check_attention(kernel: str, devices: Sequence[Device]) -> None:
         )
     if problem := kernels.lacking(kernel):
         raise XditError(Code.BAD_CONFIG, problem)
+    for device in devices:
+        if device.capability is not None and (problem := kernels.unfit(kernel, device.capability)):
+            raise XditError(
+                Code.BAD_CONFIG,
+                f"compute.attention asks for {kernel}, which {problem}, as {device.name} is ({device.model}); leave the key out, "
+                "and each GPU has the best that there is for it.",
+            )
     if on_gpus and not any(map(kernels.installed, kernels.PACKAGES)):
         log.warning(
             "⚠️ flash-attn is not installed: ranks take cuDNN's attention, or torch's (status shows which)."
@@ -134,8 +142,18 @@ def _gpus() -> list[Device]:
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
-        gpus.append(Device(f"cuda:{index}", _text(name), _text(uuid), handle))
+        gpus.append(Device(f"cuda:{index}", _text(name), _text(uuid), handle, _capability(handle)))
     return gpus
+
+
+def _capability(handle: Any) -> tuple[int, int] | None:
+    import pynvml
+
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:
+        return None
+    return int(major), int(minor)
 
 
 def _choose(gpus: list[Device], use: Sequence[str]) -> list[Device]:

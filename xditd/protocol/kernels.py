@@ -15,6 +15,22 @@ PACKAGES = {
 }
 """Of those that torch does not bring: the module, a folder that must be in it, and what is to be installed."""
 
+GPUS = {
+    "flash_4": ((9, 0), (12, 0)),
+    "flash_3": ((9, 0), (10, 0)),
+    "cudnn": ((8, 0), (99, 0)),
+    "flash": ((8, 0), (99, 0)),
+}
+"""Of those that are not for every GPU: its compute capability, from, and below."""
+
+
+def unfit(kernel: str, capability: tuple[int, int]) -> str:
+    """Why it is not for GPUs of a compute capability; "" where it is."""
+    since, before = GPUS.get(kernel, ((0, 0), (99, 0)))
+    if since <= capability < before:
+        return ""
+    return f"is not for GPUs of compute capability {capability[0]}.{capability[1]}"
+
 
 def installed(kernel: str) -> bool:
     """Whether its package is there. Nothing is imported: flash-attn would bring torch along."""

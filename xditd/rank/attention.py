@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.kernels import KERNELS, installed
+from xditd.protocol.kernels import KERNELS, installed, unfit
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -25,23 +25,20 @@ class Attention:
         name: what status shows.
         diffusers: diffusers' name of it, for a model in one process; "" where it has none that needs no hub.
         xfuser: xfuser's name of it, for a model in a world.
-        since, before: compute capabilities of the GPUs that it is for: from, and below.
         half: for 16-bit dtypes only.
     """
 
     name: str
     diffusers: str
     xfuser: str
-    since: tuple[int, int] = (0, 0)
-    before: tuple[int, int] = (99, 0)
     half: bool = True
 
 
 CPU = Attention("flash_cpu", "native", "SDPA_FLASH", half=False)
-FLASH_4 = Attention("flash_4", "", "FLASH_4", since=(9, 0), before=(12, 0))
-FLASH_3 = Attention("flash_3", "_flash_3", "FLASH_3", since=(9, 0), before=(10, 0))
-CUDNN = Attention("cudnn", "_native_cudnn", "CUDNN", since=(8, 0))
-FLASH = Attention("flash", "flash", "FLASH", since=(8, 0))
+FLASH_4 = Attention("flash_4", "", "FLASH_4")
+FLASH_3 = Attention("flash_3", "_flash_3", "FLASH_3")
+CUDNN = Attention("cudnn", "_native_cudnn", "CUDNN")
+FLASH = Attention("flash", "flash", "FLASH")
 EFFICIENT = Attention("efficient", "native", "SDPA_EFFICIENT", half=False)
 
 TABLE = {kernel.name: kernel for kernel in (FLASH_4, FLASH_3, CUDNN, FLASH, EFFICIENT)}
@@ -112,8 +109,8 @@ def pick(
 
 def _unfit(kernel: Attention, capability: tuple[int, int], dtype: torch.dtype, in_world: bool) -> str:
     """Why it cannot compute this; "" where it can."""
-    if not kernel.since <= capability < kernel.before:
-        return f"is not for GPUs of compute capability {capability[0]}.{capability[1]}"
+    if problem := unfit(kernel.name, capability):
+        return problem
     if kernel.half and dtype not in HALF:
         return f"computes in bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
     if not in_world and not kernel.diffusers:
