@@ -126,3 +126,11 @@ def test_making_is_seeded_and_writes_a_models_folder(tmp_path: Path) -> None:
     }
     keys = load_file(tmp_path / "models" / "checkpoints" / "flux-dev-small-all-in-one.safetensors").keys()
     assert {key.split(".")[0] for key in keys} == {"model", "vae", "text_encoders"}
+
+
+def test_a_small_model_is_made_by_its_facts_or_by_a_shape_and_never_by_a_part_of_what_was_said(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(TypeError, match="heads beside facts"):
+        make_flux(tmp_path / "flux.safetensors", flux_facts(), heads=2)
+    assert not list(tmp_path.iterdir())

@@ -51,6 +51,8 @@ Figures = dict[tuple[str, str, tuple[int, int]], float]
 @click.option("--only", default="", help="Cases whose name begins so.")
 def main(write: bool, only: str) -> None:
     """Compares, prints the table, and exits with 1 where something is further apart than it may be."""
+    if write and only:
+        raise click.UsageError("The document has the table of all cases: write it without --only.")
     torch.set_num_threads(1)
     begin, figures = time.monotonic(), {}
     for name, case in CASES.items():

@@ -175,7 +175,12 @@ class Maker:
             seed: of the weights.
             prefix: of the keys.
             shape: as `facts` takes it.
+
+        Raises:
+            TypeError: both facts and a shape.
         """
+        if facts is not None and shape:
+            raise TypeError(f"{', '.join(shape)} beside facts, which say all of the network's shape")
         found = self.facts(**shape) if facts is None else facts
         return write(path, self.weights(found, dtype=dtype, seed=seed, prefix=prefix))
 
