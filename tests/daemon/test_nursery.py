@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -127,5 +128,28 @@ def test_a_nursery_that_does_not_answer_is_not_waited_for(
         await until(lambda: nursery.state == "ended")
         assert nursery.problem == "It did not fork a rank in time"
         executor.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_a_daemon_lives_without_a_nursery_that_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    async def story() -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        nursery = Nursery()
+        with monkeypatch.context() as no_processes_left:
+            no_processes_left.setattr(nurseries.subprocess, "Popen", full)
+            nursery.start("cpu")
+        assert len(os.listdir("/proc/self/fd")) == before
+        status = nursery.status()
+        assert (status.state, status.pid) == ("ended", 0)
+        assert status.problem == "It could not be started: Resource temporarily unavailable"
+        spec = spec_of(tmp_path)
+        assert nursery.ask(spec, environment(spec), []) is None
+        nursery.close()
 
     asyncio.run(asyncio.wait_for(story(), 60))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import msgspec
 
@@ -54,25 +55,40 @@ class Nursery:
         self._loop = asyncio.get_running_loop()
 
     def start(self, device: str) -> None:
-        """Starts the process.
+        """Starts the process; where that cannot be, it has ended.
 
         Args:
             device: what ranks run on, "cpu" or "cuda".
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._lines = Lines({})
-        with theirs:
-            fd = theirs.fileno()
-            popen = subprocess.Popen(
-                [sys.executable, "-m", "xditd.rank.nursery", str(fd), str(os.getpid()), device],
-                stdin=subprocess.DEVNULL,
-                stdout=self._lines.writer,
-                stderr=self._lines.writer,
-                pass_fds=[fd],
-                env={**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTHONUNBUFFERED": "1"},
-            )
-        os.close(self._lines.writer)
-        self._take(ours, Child(popen.pid, popen))
+        try:
+            self._start(device)
+        except OSError as error:
+            self.state, self.problem = "ended", f"It could not be started: {error.strerror or error}"
+            log.warning("There is no nursery: %s. %s", self.problem, CONSEQUENCE)
+
+    def _start(self, device: str) -> None:
+        with ExitStack() as own:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            own.callback(ours.close)
+            with theirs:
+                lines = Lines({})
+                own.callback(lines.close)
+                fd = theirs.fileno()
+                try:
+                    popen = subprocess.Popen(
+                        [sys.executable, "-m", "xditd.rank.nursery", str(fd), str(os.getpid()), device],
+                        stdin=subprocess.DEVNULL,
+                        stdout=lines.writer,
+                        stderr=lines.writer,
+                        pass_fds=[fd],
+                        env={**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTHONUNBUFFERED": "1"},
+                    )
+                finally:
+                    os.close(lines.writer)
+            child = Child(popen.pid, popen)
+            own.pop_all()
+        self._lines = lines
+        self._take(ours, child)
 
     def inherit(self, fd: int, pid: int) -> None:
         """Takes one that was forked before this process became the daemon, as tests do.
