@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec import structs
 
+from tests.catalog.sparse_files import FLUX_DEV
 from xditd.daemon.planner import SHRINKING, plan, replicas, rungs
 from xditd.protocol import messages as m
 from xditd.protocol.errors import Code, XditError
@@ -21,17 +22,7 @@ def flux(heads: int = 24) -> m.ModelInfo:
         dtype="bfloat16",
         bytes=1,
         parameters=1,
-        facts={
-            "width": heads * 128,
-            "heads": heads,
-            "head_dim": 128,
-            "double_blocks": 19,
-            "single_blocks": 38,
-            "context_width": 4096,
-            "pooled_width": 768,
-            "latent_channels": 16,
-            "guidance": 1,
-        },
+        facts=FLUX_DEV | {"width": heads * 128, "heads": heads},
     )  # fmt: skip
 
 

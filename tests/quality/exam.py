@@ -19,6 +19,7 @@ import click
 import torch
 from rich.console import Console
 
+from bench.document import rewrite
 from tests.live.service import serving
 from tools.train_demo import dataset
 from tools.train_demo.judge import judge
@@ -126,10 +127,7 @@ def main(count: int, steps: int, cfg: float, write: bool) -> None:
             print(row, flush=True)
             rows.append(row)
     if write:
-        text = DOCUMENT.read_text()
-        before, rest = text.split(MARKS[0])
-        _, after = rest.split(MARKS[1])
-        DOCUMENT.write_text("\n".join([before + MARKS[0], *head, *rows, MARKS[1] + after]))
+        rewrite(DOCUMENT, MARKS[0], "\n".join([*head, *rows]), MARKS[1])
 
 
 if __name__ == "__main__":

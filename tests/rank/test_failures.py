@@ -9,6 +9,7 @@ import os
 import signal
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,10 +86,20 @@ def test_a_rank_whose_daemon_is_gone_does_not_start(tmp_path: Path) -> None:
         assert ranks.codes() == [1]
 
 
-def test_a_plan_that_is_not_built_is_refused_before_anything_is_imported(tmp_path: Path) -> None:
-    with running(tmp_path, wait=False, pipefusion=2, ring=2) as ranks:
+@pytest.mark.parametrize(
+    ("plan", "code"),
+    [
+        ({"pipefusion": 2, "ring": 2}, "not_built"),
+        ({"ulysses": 2, "tensor": 2, "plan": {"shard": True}}, "bad_plan"),
+    ],
+    ids=["pipefusion and ring", "shard and tensor"],
+)
+def test_a_plan_that_is_not_built_is_refused_before_anything_is_imported(
+    tmp_path: Path, plan: dict[str, Any], code: str
+) -> None:
+    with running(tmp_path, wait=False, **plan) as ranks:
         failed, _ = ranks.wait(orders.RankFailed)
-        assert (failed.order, failed.code, failed.alive) == (None, "not_built", False)
+        assert (failed.order, failed.code, failed.alive) == (None, code, False)
 
 
 def without(path: Path, key: str) -> None:

@@ -110,7 +110,6 @@ class Offload:
         self._by_name = {name: home for part in self._parts for name, home in part.homes.items()}
         self._away = torch.full((), math.nan, dtype=dtype, device=device)
         self._buffers: list[torch.Tensor] = []
-        self._turn = False
         self._loaded: dict[int, int] = {}  # by buffer: which part is in it, or on its way there
         self._after: dict[int, int] = {}  # by part: which one ran next, the last time
         self._last: int | None = None  # part that ran last

@@ -225,6 +225,10 @@ def _check(spec: RankSpec) -> None:
         raise XditError(Code.BAD_PLAN, f"{spelt} is not the world of {spec.world} ranks.")
     if plan.pipefusion > 1 and plan.tensor * plan.ulysses * plan.ring > 1:
         raise XditError(Code.NOT_BUILT, f"{spelt} is not built in this version; pipefusion with cfg is.")
+    if plan.shard and (plan.offload or plan.tensor * plan.pipefusion > 1):
+        raise XditError(
+            Code.BAD_PLAN, f"{spelt} with shard has its weights in two ways; leave one of them out."
+        )
 
 
 def _prepare(spec: RankSpec) -> None:
