@@ -7,12 +7,13 @@ import msgspec
 import pytest
 
 from tests.protocol.document import PATH, fields_of, name_of, read
-from xditd.catalog.families import FAMILIES, inputs
+from xditd.catalog.families import FAMILIES
 from xditd.daemon import states
 from xditd.daemon.clients import CAPABILITIES
 from xditd.handoff import records
 from xditd.protocol import codec, explaining, figures, messages, noise, plans, tensors
 from xditd.protocol.errors import Code
+from xditd.protocol.samplers import SAMPLERS
 
 TEXT = PATH.read_text(encoding="utf-8")
 FLAT = " ".join(TEXT.split())
@@ -103,7 +104,7 @@ def test_versions_dtypes_samplers_capabilities_and_states_are_those_of_the_code(
     assert f"this exchange: {records.VERSION} " in FLAT
     spelled = [f"`{name}`" for name in tensors.ITEMSIZE]
     assert f"The dtypes that travel: {', '.join(spelled)}." in FLAT
-    assert f"of these names: {', '.join(f'`{name}`' for name in inputs.SAMPLERS)}." in FLAT
+    assert f"of these names: {', '.join(f'`{name}`' for name in SAMPLERS)}." in FLAT
     assert f"Capabilities of this version: {', '.join(f'`{name}`' for name in CAPABILITIES)}." in FLAT
     life = " ".join(SECTIONS["10. The life of a run"].text)
     for table in (states.RUN, states.GROUP, states.DAEMON):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from xditd.catalog.families import hunyuandit, pixart, sdxl
+from xditd.protocol import samplers
 from xditd.protocol.errors import XditError
 from xditd.protocol.noise import Noise
 from xditd.rank.noising import noising
@@ -83,6 +84,11 @@ REFERENCES: dict[str, Callable[[torch.Tensor, list[float]], torch.Tensor]] = {
     "dpmpp_2m": by_dpmpp_2m,
     "ddim": by_euler,
 }
+
+
+def test_the_ranks_have_every_sampler_that_a_client_may_ask_for():
+    assert tuple(SAMPLERS) == samplers.SAMPLERS
+    assert set(samplers.PIPELINED) < set(SAMPLERS)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -24,8 +24,6 @@ from xditd.protocol.plans import LoraMatch, LoraRef
 if TYPE_CHECKING:
     import torch
 
-SAMPLERS = ("euler", "heun", "dpmpp_2m", "ddim")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:

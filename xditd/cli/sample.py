@@ -10,11 +10,12 @@ import msgspec
 
 from xditd.cli import words
 from xditd.cli.commands import MODEL, connect, endpoint_option, stderr, stdout
-from xditd.cli.drawing import SAMPLERS, Wish, decode, draw, show
+from xditd.cli.drawing import Wish, decode, draw, show
 from xditd.cli.models import DTYPES, plan_options
 from xditd.client import files
 from xditd.protocol.messages import ModelRef, PlanRequest
 from xditd.protocol.plans import LoraRef
+from xditd.protocol.samplers import SAMPLERS
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 

@@ -32,12 +32,10 @@ from xditd.protocol import messages as m
 from xditd.protocol.codec import MAX_HEADER
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.plans import LoraRef
+from xditd.protocol.samplers import PIPELINED
 
 log = logging.getLogger("xditd.requests")
 
-
-PIPELINED = ("euler", "dpmpp_2m", "ddim")
-"""Samplers that call the model once a step, as a pipeline of stages needs it."""
 
 MAX_CONDITIONINGS = 256
 """Conditionings of one run."""

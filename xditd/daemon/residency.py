@@ -16,7 +16,7 @@ from xditd.daemon import states
 from xditd.daemon.groups import Group
 from xditd.daemon.ports import HOST, Memory, MemoryPort
 from xditd.daemon.runs import Key
-from xditd.protocol.plans import ModelInfo, Plan
+from xditd.protocol.plans import LAYERS_AT_ONCE, ModelInfo, Plan
 from xditd.protocol.tensors import ITEMSIZE
 
 SETTLE = 5.0
@@ -313,10 +313,6 @@ class Residency:
 def worthless(group: Group, now: float) -> float:
     """How little a group is worth: long idle, and quickly loaded again."""
     return (now - group.used) / max(group.ready_after or 0.0, 0.1)
-
-
-LAYERS_AT_ONCE = 2
-"""Layers that layerwise offload has on a device at one time (`models.offload.BUFFERS`); and FSDP: it gathers one ahead."""
 
 
 def weights(info: ModelInfo, dtype: str, plan: Plan) -> int:

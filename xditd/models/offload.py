@@ -25,9 +25,7 @@ from torch import nn
 
 from xditd.models.pinning import ALIGNMENT, Pinned
 from xditd.models.reading import Placed, WeightFile
-
-BUFFERS = 2
-"""Layers on the device at one time: the one that runs, and the next."""
+from xditd.protocol.plans import LAYERS_AT_ONCE
 
 
 @dataclass(slots=True)
@@ -179,7 +177,7 @@ class Offload:
 
     @property
     def _wanted(self) -> int:
-        return min(BUFFERS, len(self._parts)) if self._layers else 1
+        return min(LAYERS_AT_ONCE, len(self._parts)) if self._layers else 1
 
     # ------------------------------------------------------------------------------------------------------- in a turn
 

@@ -80,6 +80,9 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 OFFLOADS = ("", "model", "layerwise")
 """What a plan's `offload` may be, and each takes less of the devices' memory than the one before."""
 
+LAYERS_AT_ONCE = 2
+"""Layers that layerwise offload has on a device at one time, the one that runs and the next; and as many FSDP has gathered."""
+
 DEGREES = ("cfg", "ulysses", "ring", "pipefusion", "tensor", "patch")
 """What a plan has degrees of, by the names of its fields, in the order in which they are told."""
 

@@ -10,10 +10,8 @@ from xditd.catalog.sentences import listed, shape_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan, Sample
 from xditd.protocol.plans import degrees_of
+from xditd.protocol.samplers import SAMPLERS
 from xditd.protocol.tensors import FLOATS, Tensor
-
-SAMPLERS = ("euler", "heun", "dpmpp_2m", "ddim")
-"""The samplers whose whole loop the ranks can run."""
 
 ROUNDING = 1e-5
 """Of a sigma that a client computed in float32."""
