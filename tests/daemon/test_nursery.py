@@ -16,7 +16,7 @@ import pytest
 
 from tests.daemon.world import World
 from xditd.daemon import nursery as nurseries
-from xditd.daemon.child import _PR_SET_CHILD_SUBREAPER
+from xditd.daemon.child import _PR_SET_CHILD_SUBREAPER, Child
 from xditd.daemon.config import Config
 from xditd.daemon.executor import LocalExecutor
 from xditd.daemon.launch import environment, rank_specs
@@ -151,5 +151,23 @@ def test_a_daemon_lives_without_a_nursery_that_cannot_be_started(
         spec = spec_of(tmp_path)
         assert nursery.ask(spec, environment(spec), []) is None
         nursery.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_a_nursery_that_is_given_up_takes_nobody_though_it_cannot_be_killed_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        nursery = Nursery()
+        nursery.start("cpu")
+        with monkeypatch.context() as stuck:
+            stuck.setattr(Child, "kill", lambda child: None)  # as one that waits for a disk in the kernel
+            nursery.give_up("It did not fork a rank in time")
+            assert nursery.state == "ended"
+            spec = spec_of(tmp_path)
+            assert nursery.ask(spec, environment(spec), ()) is None
+        nursery.close()
+        assert psutil.Process().children() == []
 
     asyncio.run(asyncio.wait_for(story(), 60))

@@ -145,6 +145,9 @@ class Nursery:
         """Has it end: it does not do what it is for. All pipes of ranks that are not born end with it."""
         if self.child is not None:
             self.problem = self.problem or problem
+            self.state = (
+                "ended"  # it takes nobody from now on, also where it hangs in the kernel and dies later
+            )
             self.child.kill()
 
     def status(self) -> NurseryStatus:
