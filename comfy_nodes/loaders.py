@@ -53,7 +53,7 @@ def _choices() -> list[Any]:
             options=list(STRATEGIES),
             default="auto",
             optional=True,
-            tooltip="How the devices share one image. auto, Hybrid, USP, CFG and Tensor are exact: the image of one GPU. PipeFusion, for Flux, SD3 and PixArt, is not quite.",
+            tooltip="How the devices share one image. auto, Hybrid, USP, CFG and Tensor are exact: the image of one GPU. PipeFusion, for Flux, SD3, PixArt and HunyuanDiT, is not quite.",
         ),
         io.Boolean.Input(
             "allow_approximate",

@@ -159,9 +159,6 @@ LATENT = {
     "hunyuandit_1.1": tensor(1, 4, 33, 50),
     "sdxl": tensor(1, 4, 33, 50),
 }
-STAGED = ("sd3_medium", "pixart_alpha")
-"""Those that pipefusion deals out."""
-
 HIGHEST = {"sd3_medium": 1000.0, "pixart_alpha": 999.0, "hunyuandit_1.1": 999.0, "sdxl": 999.0}
 
 
@@ -346,12 +343,9 @@ def test_a_plan_that_cannot_run_is_refused_with_what_would(name: str) -> None:
     shared = Plan(devices=tuple("abcdefgh"), tensor=2, ring=2, cfg=2)
     if family.parallel:
         family.check_plan(described, shared)
-        if name in STAGED:
-            family.check_plan(described, pipelined)
-            many = Plan(devices=tuple("a" * 1000), pipefusion=1000)
-            refused(Code.BAD_PLAN, "needs as many blocks", family.check_plan, described, many)
-        else:
-            refused(Code.NOT_BUILT, "pipefusion 2", family.check_plan, described, pipelined)
+        family.check_plan(described, pipelined)
+        many = Plan(devices=tuple("a" * 1000), pipefusion=1000)
+        refused(Code.BAD_PLAN, "needs as many blocks", family.check_plan, described, many)
         family.check_plan(described, Plan(devices=tuple("abcdef"), ulysses=2, ring=3))
         refused(Code.BAD_PLAN, "heads", family.check_plan, described, Plan(devices=tuple("abcde"), ulysses=5))
     else:

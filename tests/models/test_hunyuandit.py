@@ -65,7 +65,7 @@ def test_places_are_the_makers_and_off_the_square_not_diffusers(tmp_path, rows: 
         torch.outer(torch.from_numpy(line), frequency).repeat_interleave(2, dim=1) for line in (across, down)
     ]
     expected = torch.cat([angles[0].repeat(rows, 1), angles[1].repeat_interleave(columns, dim=0)], dim=1)
-    cos, sin = network._turns(rows, columns, CPU)
+    cos, sin = network._turns(rows, columns)
     assert torch.allclose(cos, expected.cos(), atol=1e-5)
     assert torch.allclose(sin, expected.sin(), atol=1e-5)
     theirs, _ = get_2d_rotary_pos_embed(16, ((top, left), (bottom, right)), (rows, columns))

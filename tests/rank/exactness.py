@@ -3,7 +3,7 @@
     python -m tests.rank.exactness [--write] [--only NAME]
 
 Small models, float32, real ranks with real xfuser over gloo. Figures are the largest difference of a prediction over its
-standard deviation.
+standard deviation; of a pipeline, which predicts nothing by itself, that of a sampled latent.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ import click
 import torch
 
 from bench.document import rewrite
-from tests.rank.families import CASES, Case, normal
+from tests.rank.families import CASES, Case, Predict, normal
+from tests.rank.pipelines import DIFFUSION, FLOW, Pipeline
 from tests.rank.ranks import Ranks, framed, running
-from tests.rank.reference import error
+from tests.rank.reference import error, euler, slope
+from xditd.catalog.detection import recognise
+from xditd.catalog.families import TRANSFORMERS
+from xditd.models.reading import WeightFile
 from xditd.protocol import orders
 from xditd.protocol.messages import DenoiseItem
 
@@ -35,12 +40,20 @@ PLANS: dict[str, dict[str, Any]] = {
     "ring 2": {"ring": 2},
     "tensor 2": {"tensor": 2},
     "cfg 2": {"cfg": 2},
+    "pipefusion 2, all warm-up": {"pipefusion": 2},
+    "pipefusion 2, 1 of 6 warm-up": {"pipefusion": 2},
     "ulysses 2, sharded": {"ulysses": 2, "plan": {"shard": True}},
     "layerwise offload": {"plan": {"offload": "layerwise"}},
 }
 
 ALONE = ("one device", "layerwise offload")
 """Plans of one device. The first is for families that are not split: the others have it in all columns."""
+
+WARMUPS = {"pipefusion 2, all warm-up": 6, "pipefusion 2, 1 of 6 warm-up": 1}
+"""Of six steps of Euler's method."""
+
+APPROXIMATE = ("pipefusion 2, 1 of 6 warm-up",)
+"""Plans without a bound: the figure is to be known."""
 
 Figures = dict[tuple[str, str, tuple[int, int]], float]
 """By case, plan and size: the worst of the texts."""
@@ -66,13 +79,15 @@ def main(write: bool, only: str) -> None:
     click.echo(f"{time.monotonic() - begin:.0f} s", err=True)
     if write:
         rewrite(DOCUMENT, BEGIN, text, END)
-    if max(figures.values()) > BOUND:
+    if any(figure > BOUND for (_, plan, _), figure in figures.items() if plan not in APPROXIMATE):
         sys.exit(1)
 
 
 def compare(folder: Path, name: str, case: Case, plan: str) -> Figures:
     """One case under one plan, at all of its sizes."""
     path = case.make(folder / "model.safetensors")
+    facts = recognise(WeightFile(path).header, "transformer").facts
+    table = TRANSFORMERS[case.family].noise(facts).sigmas()
     with running(folder, path=path, family=case.family, **PLANS[plan], wait=False) as ranks:
         reference = case.reference(path)
         ranks.ready()
@@ -80,17 +95,49 @@ def compare(folder: Path, name: str, case: Case, plan: str) -> Figures:
         for size in case.sizes:
             worst = 0.0
             for text in TEXTS:
-                # As cond and uncond are: two texts of two lengths in one turn.
-                givens = [case.conditioning(length) for length in (text, text + 4)]
-                x, t = normal(1, case.channels, *size), torch.tensor([case.t])
-                for i, given in enumerate(givens):
-                    ranks.condition(1, str(i), given)
-                for prediction, given in zip(_ask(ranks, x, case.t), givens, strict=True):
-                    worst = max(worst, error(prediction, reference(x, t, given)))
+                if plan in WARMUPS:
+                    worst = max(worst, _sampled(ranks, reference, case, table, size, text, WARMUPS[plan]))
+                else:
+                    worst = max(worst, _predicted(ranks, reference, case, size, text))
                 ranks.send(orders.ForgetRun(run=1))
             figures[name, plan, size] = worst
             click.echo(f"{worst:.1e} {name}, {plan}, {size[0]}×{size[1]}", err=True)
     return figures
+
+
+def _predicted(ranks: Ranks, reference: Predict, case: Case, size: tuple[int, int], text: int) -> float:
+    """The worse of two texts of two lengths in one turn, as cond and uncond are."""
+    givens = [case.conditioning(length) for length in (text, text + 4)]
+    x, t = normal(1, case.channels, *size), torch.tensor([case.t])
+    for i, given in enumerate(givens):
+        ranks.condition(1, str(i), given)
+    predictions = _ask(ranks, x, case.t)
+    return max(
+        error(prediction, reference(x, t, given))
+        for prediction, given in zip(predictions, givens, strict=True)
+    )
+
+
+def _sampled(
+    ranks: Ranks,
+    reference: Predict,
+    case: Case,
+    table: list[float],
+    size: tuple[int, int],
+    text: int,
+    warmup: int,
+) -> float:
+    """Of a latent that a pipeline samples, from noise to its last step.
+
+    Args:
+        table: the sigma of every timestep that the model was trained at.
+    """
+    given, noise = case.conditioning(text), normal(1, case.channels, *size)
+    sigmas = FLOW if case.predicts == "flow" else DIFFUSION
+    ranks.condition(1, "c", given)
+    latent = Pipeline(ranks).sample(1, noise, sigmas, warmup=warmup)
+    velocity = partial(slope, case.predicts, table, partial(reference, given=given))
+    return error(latent, euler(velocity, list(sigmas), noise))
 
 
 def _ask(ranks: Ranks, x: torch.Tensor, t: float) -> list[torch.Tensor]:

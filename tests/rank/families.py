@@ -280,7 +280,7 @@ CASES = {
     "sd3.5_medium": _sd3(qk_norm=True, dual_blocks=2),
     "pixart_sigma": _pixart(),
     "pixart_alpha": _pixart(sizes=True, positions=64),
-    "hunyuandit_1.2": _hunyuandit(),
+    "hunyuandit_1.2": _hunyuandit(blocks=10),  # several skip connections lead from any stage
     "hunyuandit_1.1": _hunyuandit(sizes=True),
     "sdxl": _sdxl(),
 }

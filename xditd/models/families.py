@@ -48,7 +48,7 @@ FAMILIES = {
     "flux": Row("transformer", "flux", "Flux", True, ("transformer_blocks", "single_transformer_blocks")),
     "sd3": Row("transformer", "sd3", "SD3", True, ("transformer_blocks",)),
     "pixart": Row("transformer", "pixart", "PixArt", True, ("transformer_blocks",)),
-    "hunyuandit": Row("transformer", "hunyuandit", "HunyuanDiT", layers=("blocks",)),
+    "hunyuandit": Row("transformer", "hunyuandit", "HunyuanDiT", True, ("blocks",)),
     "sdxl": Row("transformer", "sdxl", "SDXL", layers=("*.transformer_blocks",)),
     "autoencoder_kl": Row("vae", "vae", "Autoencoder"),
     "clip": Row("text_encoder", "clip", "Clip", layers=("*.encoder.layers",)),

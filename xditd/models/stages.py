@@ -27,7 +27,8 @@ class Stream:
 
     Attributes:
         text: how many of the tokens are text, which come first.
-        tokens: [B, text + n, width].
+        tokens: [B, text + n, width]; where blocks have skip connections [B, text + n + skips·n, width], with what blocks
+            further on take of blocks before behind the image.
     """
 
     text: int
@@ -39,6 +40,7 @@ class Stages(Protocol):
 
     width: int  # of hidden states
     recall: Recall
+    skips: int  # that come into this stage with an image
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """A latent [B, C, H, W] as its tokens [B, n, …]."""

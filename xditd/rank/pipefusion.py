@@ -186,7 +186,10 @@ class PipeFusion:
     def _expect(self, job: Job, spans: Sequence[Span], mine: Sequence[int]) -> list[Arriving]:
         """Asks for all that the stage before sends in a turn."""
         batch = job.shape[0]
-        lengths = [self._stages.text(job.calls[i]) + span.end - span.begin for span in spans for i in mine]
+        each = 1 + self._stages.skips
+        lengths = [
+            self._stages.text(job.calls[i]) + each * (span.end - span.begin) for span in spans for i in mine
+        ]
         return [
             self._links.arriving((batch, length, self._stages.width), self._network.dtype)
             for length in lengths

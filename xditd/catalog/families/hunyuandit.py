@@ -157,7 +157,7 @@ def noise(facts: Mapping[str, int]) -> Noise:
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:
-    transformer.check_plan(info, plan, label)
+    transformer.check_plan(info, plan, label, info.facts["blocks"])
 
 
 def check_conditioning(info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> None:

@@ -13,17 +13,16 @@ from xditd.protocol.tensors import Tensor
 Conditioning = Mapping[str, Tensor]
 
 
-def check_plan(info: ModelInfo, plan: Plan, label: str, blocks: int = 0) -> None:
+def check_plan(info: ModelInfo, plan: Plan, label: str, blocks: int) -> None:
     """Refuses what is neither cfg, nor ring, nor tensor and ulysses of degrees that divide the heads, nor pipefusion.
 
     Args:
-        blocks: that can be dealt out to stages of pipefusion; 0 where the family has none.
+        blocks: that can be dealt out to stages of pipefusion.
 
     Raises:
         XditError: `not_built`, `bad_plan` with the degrees that would work.
     """
-    pipelined = ("pipefusion",) if blocks else ()
-    inputs.check_degrees_built(label, plan, ("cfg", "ulysses", "ring", "tensor", *pipelined))
+    inputs.check_degrees_built(label, plan, ("cfg", "ulysses", "ring", "tensor", "pipefusion"))
     if plan.pipefusion > 1:
         _check_pipeline(info, plan, blocks)
     heads = info.facts["heads"]

@@ -36,6 +36,7 @@ class Staged:
         self._backbone: Any = network.backbone
         self.width: int = self._backbone.inner_dim
         self.recall = Recall()
+        self.skips = 0
         for name, module in self._backbone.named_modules():
             if isinstance(module, FluxAttention):
                 module.set_processor(_Attend(self.recall, name))

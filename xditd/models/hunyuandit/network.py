@@ -86,16 +86,23 @@ class HunyuanDiT:
         Returns:
             [B, C, H, W] in the compute dtype.
         """
-        batch, channels, height, width = x.shape
-        cos, sin = self._turns(*grid(height, width, PATCH), x.device)
-        output = self.call(
-            patches=split(x.to(self.dtype), PATCH),
-            cos=cos,
-            sin=sin,
-            text=self._text(conditioning, batch),
-            vector=self._vector(t, conditioning, x),
-        )
+        _, channels, height, width = x.shape
+        keywords = self.keywords(tuple(x.shape), t, conditioning)
+        output = self.call(patches=split(x.to(self.dtype), PATCH), **keywords)
         return join(output[:, :, :channels], height, width)
+
+    def keywords(
+        self, shape: tuple[int, ...], t: torch.Tensor, conditioning: Conditioning
+    ) -> dict[str, torch.Tensor]:
+        """What a call for a latent of a shape takes beside its patches."""
+        batch, _, height, width = shape
+        cos, sin = self._turns(*grid(height, width, PATCH))
+        return {
+            "cos": cos,
+            "sin": sin,
+            "text": self._text(conditioning, batch),
+            "vector": self._vector(t, conditioning, shape),
+        }
 
     def run(
         self,
@@ -135,27 +142,27 @@ class HunyuanDiT:
         padded = map(_padded, texts, (given.mask, given.mask_t5), paddings)
         return torch.cat([text.expand(batch, -1, -1) for text in padded], dim=1)
 
-    def _vector(self, t: torch.Tensor, conditioning: Conditioning, x: torch.Tensor) -> torch.Tensor:
+    def _vector(self, t: torch.Tensor, conditioning: Conditioning, shape: tuple[int, ...]) -> torch.Tensor:
         """What modulates every block, [B, width]: the time, the pooled text, and where they count, sizes and style."""
-        embedding, batch = self.backbone.time_extra_emb, x.shape[0]
+        embedding, batch = self.backbone.time_extra_emb, shape[0]
         # Of the time itself in float32: diffusers takes its dtype for that of the arithmetic.
         time: torch.Tensor = embedding.timestep_embedder(embedding.time_proj(t).to(self.dtype))
         pooled = embedding.pooler(conditioning.context_t5[:, : self._facts["t5_tokens"]])
         extra = [pooled.expand(batch, -1)]
         if self._facts["sizes"]:
-            sizes = torch.tensor(self._sizes(conditioning.sizes, x), dtype=self.dtype, device=x.device)
+            sizes = torch.tensor(self._sizes(conditioning.sizes, shape), dtype=self.dtype, device=self.device)
             known = embedding.size_proj(sizes).to(self.dtype).view(1, -1)
             extra += [known.expand(batch, -1), embedding.style_embedder.weight[:1].expand(batch, -1)]
         return time + embedding.extra_embedder(torch.cat(extra, dim=1))
 
-    def _sizes(self, given: Mapping[str, float], x: torch.Tensor) -> list[float]:
+    def _sizes(self, given: Mapping[str, float], shape: tuple[int, ...]) -> list[float]:
         """Those of the picture that was cut, of the one that is made, and where it was cut; absent ones are the latent's."""
-        rows, columns = (float(side * self._facts["scale"]) for side in x.shape[2:])
+        rows, columns = (float(side * self._facts["scale"]) for side in shape[2:])
         height, width = given.get("height", rows), given.get("width", columns)
         absent = {"height": height, "width": width, "target_height": height, "target_width": width}
         return [given.get(name, absent.get(name, 0.0)) for name in VALUES]
 
-    def _make_turns(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _make_turns(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the places of a grid's patches, each [rows·columns, head_dim], float32.
 
         diffusers' own places are those of a square only: what it takes for the end of a span is wrong where the
@@ -170,7 +177,7 @@ class HunyuanDiT:
         cos, sin = get_2d_rotary_pos_embed_from_grid(
             self._facts["head_dim"], torch.stack([across, down])[:, None], use_real=True
         )
-        return cos.to(device), sin.to(device)
+        return cos.to(self.device), sin.to(self.device)
 
 
 def _padded(text: torch.Tensor, mask: torch.Tensor | None, padding: torch.Tensor) -> torch.Tensor:

@@ -19,4 +19,6 @@ SPLITS = Splits(
         "time_extra_emb.*_embedder.linear_2": INPUTS,
     },
     attentions=("*.attn1", "*.attn2"),
+    blocks=("blocks",),
+    last=("norm_out", "proj_out"),
 )

@@ -29,6 +29,7 @@ class Staged:
         self._backbone: Any = network.backbone
         self.width: int = self._backbone.inner_dim
         self.recall = Recall()
+        self.skips = 0
         named = self._backbone.named_modules()
         self.recall.follow({name: module for name, module in named if name.endswith((".attn", ".attn2"))})
 
