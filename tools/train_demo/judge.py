@@ -95,6 +95,8 @@ def _nearest_colours(picture: np.ndarray, names: list[str]) -> np.ndarray:
 
 def _things(mask: np.ndarray, colour: str) -> list[Found]:
     """Things of one colour. Edges between two others have colours in between: thin lines, which are opened away."""
+    if mask.sum() < LEAST_PIXELS:
+        return []
     labels, _ = ndimage.label(ndimage.binary_opening(mask, iterations=2))
     things = []
     for i, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):

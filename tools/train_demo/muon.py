@@ -20,9 +20,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices. Its rate is AdamW's: an update has that one's usual size, 0.2 (arXiv:2502.16982)."""
+    """For matrices. Its rate, in a tensor, is AdamW's: an update has that one's usual size, 0.2 (arXiv:2502.16982)."""
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float = 0.0, weight_decay: float = 0.0) -> None:
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: torch.Tensor, weight_decay: float = 0.0) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for group in self.param_groups:

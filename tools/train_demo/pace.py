@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 from tools.train_demo.networks import TEXT_DTYPE, Networks
 
 WARM = 200  # steps in which the learning rate rises
-TIMED = 30  # steps by which the others are counted
+TIMED = 60  # steps before the clock begins, and between two looks at it
+KEPT = 100.0  # seconds between two times that what is trained is written
 EMA = 0.9995
 
 
@@ -45,6 +47,8 @@ class Piece:
         minutes: of training; until: seconds since 1970 at which it ends in any case.
         hold: the part of it at the full learning rate, before that falls.
         state: a file with all that is trained, optimisers and averages too: read where it exists, written at the end.
+        record: steps as CUDA graphs.
+        write: writes the networks as they are.
     """
 
     net: Networks
@@ -56,7 +60,18 @@ class Piece:
     until: float
     hold: float
     state: Path | None
+    record: bool
     log: Log
+    write: Callable[[], None]
+    _kept: list[float] = field(default_factory=lambda: [time.monotonic()])
+
+    def keep_now_and_then(self, average: Average) -> None:
+        """Writes the average, where the last time is long ago: a machine that is lent may be taken back."""
+        if time.monotonic() - self._kept[0] > KEPT:
+            average.swap()
+            self.write()
+            average.swap()
+            self._kept[0] = time.monotonic()
 
 
 class Average:
@@ -104,23 +119,32 @@ def rate(step: int, done: float, peak: float, hold: float) -> float:
 
 
 def paced(piece: Piece) -> Iterator[float]:
-    """Counts steps: gives which part of them is done, 0 to 1."""
-    began, step = time.monotonic(), 0
-    total = piece.steps
-    while total is None or step < total:
-        if total is None and step == TIMED:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            began = time.monotonic()
-        if total is None and step == 3 * TIMED:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            took = (time.monotonic() - began) / (2 * TIMED)
-            left = min(piece.minutes * 60, piece.until - time.time())
-            total = step + max(1, int(left / took))
-            piece.log(steps=total, milliseconds_a_step=round(took * 1e3, 2))
-        yield 0.0 if total is None else step / total
+    """Counts steps: gives which part of the piece is done, 0 to 1, by its steps or by the clock.
+
+    The clock begins after the first steps, which compile. How many steps it let pass is logged: `steps` repeats them.
+    """
+    step, began, last = 0, math.inf, 0.0
+    minutes = math.inf
+    while True:
+        if piece.steps is not None:
+            done = step / piece.steps
+        else:
+            if step % TIMED == 0 and torch.cuda.is_available():
+                torch.cuda.synchronize()  # or steps are begun long before they are done
+            if step == TIMED:
+                began = time.monotonic()
+                minutes = min(piece.minutes, (piece.until - time.time()) / 60)
+            if step % TIMED == 0:
+                last = max(0.0, (time.monotonic() - began) / 60 / minutes)
+            done = last
+        if done >= 1:
+            break
+        yield done
         step += 1
+    passed = time.monotonic() - began
+    piece.log(
+        steps=step, milliseconds_a_step=round(passed / max(1, step - TIMED) * 1e3, 2) if passed > 0 else None
+    )
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

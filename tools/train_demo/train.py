@@ -2,14 +2,15 @@
 
     python -m tools.train_demo.train vae  --minutes 3 --out DIR
     python -m tools.train_demo.train flux --minutes 8 --out DIR --from DIR
+    python -m tools.train_demo.train judged --minutes 5 --out DIR --from DIR
 
-A piece times its first steps and sets the number of the others by them; the log says the number, and `--steps` repeats
-it exactly. A piece's result is what `networks.write` writes: a model that draws.
+The log says how many steps its minutes had; `--steps` repeats them. A piece's result is what `networks.write` writes: a model that draws.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import click
@@ -20,11 +21,15 @@ from tools.train_demo.networks import Networks
 from tools.train_demo.pace import Log, Piece
 from tools.train_demo.quality import score
 from tools.train_demo.train_flux import train_flux
+from tools.train_demo.train_judged import train_judged
 from tools.train_demo.train_vae import train_vae
+
+BATCH = {"vae": 64, "flux": 256, "judged": 512}
+"""The stages that train, and how many pictures a step of each has."""
 
 
 @click.command()
-@click.argument("stage", type=click.Choice(["data", "vae", "flux"]))
+@click.argument("stage", type=click.Choice(["data", *BATCH]))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option(
     "--from", "source", type=click.Path(path_type=Path, exists=True), help="An earlier piece's folder."
@@ -48,6 +53,9 @@ from tools.train_demo.train_vae import train_vae
 @click.option(
     "--state", type=click.Path(path_type=Path), help="File by which the next piece goes on just so."
 )
+@click.option(
+    "--unrecorded", is_flag=True, help="Starts every kernel by itself, not a step as one CUDA graph."
+)
 @click.option("--data", type=click.Path(path_type=Path), help="Scenes that `data` made.")
 @click.option("--cache", type=click.Path(path_type=Path), help="File for scenes' latents, made once.")
 @click.option("--seed", default=0)
@@ -68,6 +76,7 @@ def main(
     guided,
     hold,
     state,
+    unrecorded,
     data,
     cache,
     exam,
@@ -89,18 +98,20 @@ def main(
         dataset.write(dataset.make(scenes, seed), out / "data.safetensors")
         return
     net.vae.to(memory_format=torch.channels_last)
+    names = ("vae",) if stage == "vae" else ("flux", "clip", "t5")
+    write = partial(networks.write, net, out, names)
+    batch = batch or BATCH[stage]
+    record = device.type == "cuda" and not unrecorded
+    piece = Piece(net, device, batch, scenes, steps, minutes, until, hold, state, record, log, write)
     if stage == "vae":
-        train_vae(
-            Piece(net, device, batch or 64, min(scenes, 20_000), steps, minutes, until, hold, state, log)
-        )
-        names: tuple[str, ...] = ("vae",)
+        train_vae(piece)
+    elif stage == "judged":
+        train_judged(piece, peak=peak, seed=seed)
     else:
-        piece = Piece(net, device, batch or 256, scenes, steps, minutes, until, hold, state, log)
         learnt = lessons.read(piece, seed, data, cache)
         train_flux(piece, learnt, peak=peak, seed=seed, round_at=round_at, muon=muon, guided=guided)
-        names = ("flux", "clip", "t5")
-    networks.write(net, out, names)
-    if exam and stage == "flux":
+    write()
+    if exam and stage != "vae":
         networks.read(net, out, names)  # as it is shipped, rounded
         score(net, device, exam, log, out)
 

@@ -16,17 +16,19 @@ from tools.train_demo import checkpoint
 from tools.train_demo.lessons import Lessons
 from tools.train_demo.muon import Muon
 from tools.train_demo.networks import Networks
-from tools.train_demo.pace import Average, Log, Piece, autocast, paced, rate
+from tools.train_demo.pace import Average, Piece, autocast, paced, rate
+from tools.train_demo.recorded import Recorded
 from xditd.models.flux import inputs
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 SHORT, LONG = 64, 256
-"""Tokens to which T5's are filled: ComfyUI fills to the latter, programs need not, and nothing masks what is filled."""
+"""Tokens to which T5's are filled: ComfyUI fills to the latter, programs need not, and nothing masks what is filled. A
+compiled block on lengths that are no multiple of 64 gave gradients that are no numbers."""
 
-LONG_TEXTS = (0.15, 1.0)
-"""The part of the steps whose text is long, before the text encoders have their form and after. A long one costs half as much
-again, so they come as seldom as will do, and alone at the end."""
+LONG_TEXTS = (0.15, 0.5)
+"""The part of the steps whose text is long, before the text encoders have their form and after: a long one costs half as
+much again."""
 
 TAUGHT_GUIDANCE = (1.0, 6.0)
 
@@ -58,34 +60,39 @@ def train_flux(
     if piece.state is not None and piece.state.exists():
         checkpoint.resume(piece.state, trained, optimisers, average)
         log(resumed=str(piece.state))
-    remedies = Remedies()
-    heard = torch.zeros((), device=device)
+    heard, norm = torch.zeros((), device=device), torch.zeros((), device=device)
     rounded = False
+
+    def step_of(filled: int, texts_too: bool) -> Recorded:
+        def learn() -> None:
+            loss = lost(net, teacher, lessons, piece.batch, filled, texts_too=texts_too)
+            loss.backward()
+            norm.copy_(nn.utils.clip_grad_norm_(parameters, 1.0))
+            for optimiser in optimisers:
+                optimiser.step()
+            heard.lerp_(loss.detach(), 0.02)
+
+        return Recorded(learn, parameters, piece.record)
+
+    steps: dict[tuple[int, bool], Recorded] = {}
     chance = random.Random(seed)
     for step, done in enumerate(paced(piece)):
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = rate(step, done, peak, piece.hold)
+        set_rate(optimisers, rate(step, done, peak, piece.hold))
         if done >= round_at and not rounded:
             average.settle(net.clip, net.t5)
             rounded = True
-        short, long = remedies.lengths
-        # The first are long: both lengths are to be compiled before steps are timed.
-        filled = long if chance.random() < LONG_TEXTS[rounded] or step < 2 else short
-        loss = lost(net, teacher, lessons, piece.batch, filled, texts_too=not rounded)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        if (step < 150 or step % 100 == 0) and not norm.isfinite():
-            remedies(trained, loss, step, log)
-            trained.zero_grad(set_to_none=True)
-            continue
-        for optimiser in optimisers:
-            optimiser.step()
-        trained.zero_grad(set_to_none=True)
+            steps.clear()
+        # The first are long: both lengths are to be compiled before time counts.
+        kind = LONG if chance.random() < LONG_TEXTS[rounded] or step < 10 else SHORT, not rounded
+        if kind not in steps:
+            steps[kind] = step_of(*kind)
+        steps[kind]()
         average.update()
-        heard += (loss.detach() - heard) * 0.02
-        if step % 250 == 0:
+        if step % 100 == 0 and not norm.isfinite():
+            raise SystemExit(f"Step {step}: a gradient is no number.")
+        if step % 500 == 0:
             log(step=step, loss=round(heard.item(), 5))
+            piece.keep_now_and_then(average)
     if piece.state is not None:
         checkpoint.keep(piece.state, trained, optimisers, average)
     average.swap()
@@ -146,43 +153,25 @@ def optimisers_of(net: Networks, parameters: list[nn.Parameter], muon: bool) -> 
     matrices = [parameter for parameter in blocks if parameter.ndim == 2] if muon else []
     theirs = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in parameters if id(parameter) not in theirs]
+    device = rest[0].device
+    on_gpu = device.type == "cuda"
     made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.02, fused=True)
+        torch.optim.AdamW(
+            rest,
+            lr=torch.zeros((), device=device),
+            betas=(0.9, 0.95),
+            weight_decay=0.02,
+            fused=on_gpu,
+            capturable=on_gpu,
+        )
     ]
     if matrices:
-        made.append(Muon(matrices, weight_decay=0.02))
+        made.append(Muon(matrices, torch.zeros((), device=device), weight_decay=0.02))
     return made
 
 
-class Remedies:
-    """What is tried, one after the other, where a gradient is no number: seen with compiled blocks on a length of text
-    that is no multiple of 64.
-
-    Attributes:
-        lengths: to which a short and a long text are filled.
-    """
-
-    def __init__(self) -> None:
-        self.lengths = (SHORT, LONG)
-        self._left = [self._one_length, self._eager]
-
-    def _one_length(self) -> str:
-        self.lengths = (LONG, LONG)
-        return f"every text is filled to {LONG} tokens"
-
-    def _eager(self) -> str:
-        torch.compiler.set_stance("force_eager")
-        return "nothing is compiled"
-
-    def __call__(self, trained: nn.Module, loss: torch.Tensor, step: int, log: Log) -> None:
-        """Takes the next one.
-
-        Raises:
-            SystemExit: none is left, or a weight is no number.
-        """
-        bad = [n for n, p in trained.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        lost = [n for n, p in trained.named_parameters() if not p.isfinite().all()]
-        if lost or not self._left:
-            raise SystemExit(f"Step {step}: no numbers: gradients {bad[:9]}, weights {lost[:9]}")
-        remedy = self._left.pop(0)()
-        log(step=step, loss=loss.item(), gradients=len(bad), last=bad[-1:], remedy=remedy)
+def set_rate(optimisers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Gives every optimiser the learning rate, in the tensor in which a recorded step reads it."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"].fill_(rate)

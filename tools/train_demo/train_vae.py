@@ -12,13 +12,14 @@ from tools.train_demo.networks import SCALE
 from tools.train_demo.pace import Average, Log, Piece, autocast, paced, rate
 
 MEASURED = 512 if torch.cuda.is_available() else 8  # pictures by which the latents' variance is
+MOST_SCENES = 20_000
 PULL = 4e-4  # of the VAE's latents towards a normal distribution
 
 
 def train_vae(piece: Piece) -> None:
     """Pictures to latents and back: absolute error, that of edges too, and a light pull towards a normal distribution."""
     vae, device, log = piece.net.vae, piece.device, piece.log
-    known = dataset.make(piece.scenes, seed=1).numbers.to(device)
+    known = dataset.make(min(piece.scenes, MOST_SCENES), seed=1).numbers.to(device)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     average = Average(vae)
     for step, done in enumerate(paced(piece)):
