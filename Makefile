@@ -28,6 +28,7 @@ bench: $(READY)           ## the hand-off beside its peers, as ratios (installs 
 exactness: $(READY)       ## compares with ComfyUI, COMFYUI="CHECKOUT=PYTHON …", and writes docs/exactness.md
 	$(BIN)/python -m tests.comfy.exactness $(COMFYUI) --write
 	$(BIN)/python -m tests.rank.exactness --write
+	$(BIN)/python -m tests.rank.holding --write
 
 format: $(READY)
 	$(BIN)/ruff format .

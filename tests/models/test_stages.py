@@ -10,10 +10,11 @@ import torch
 
 from tests.rank.families import CASES, normal
 from tests.rank.reference import error
+from xditd.catalog.families.layers import dealt_out
 from xditd.models.families import in_stages, load
 from xditd.models.making import make_flux
 from xditd.models.stages import Span, Stream
-from xditd.rank.stage import Stage, share
+from xditd.rank.stage import Stage
 
 CPU = torch.device("cpu")
 FLUX = {"heads": 4, "head_dim": 32, "context_width": 256, "pooled_width": 64, "double_blocks": 2}
@@ -94,5 +95,5 @@ def test_a_stage_holds_its_blocks_alone(name: str, tmp_path: Path) -> None:
 
 
 def test_blocks_are_dealt_out_evenly_and_in_their_order() -> None:
-    assert [list(part) for part in share(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
-    assert [len(part) for part in share(57, 4)] == [15, 14, 14, 14]
+    assert [list(part) for part in dealt_out(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [len(part) for part in dealt_out(57, 4)] == [15, 14, 14, 14]

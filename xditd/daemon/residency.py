@@ -330,11 +330,13 @@ def weights(info: ModelInfo, dtype: str, plan: Plan) -> int:
 
 def share(info: ModelInfo, dtype: str, plan: Plan) -> int:
     """Bytes of the weights of one rank, wherever they are: all, but for what tensor parallelism, PipeFusion and sharding
-    split."""
+    split. Of PipeFusion, those of the stage that has most: blocks are dealt out by number, and Flux's first weigh more."""
     if plan.shard:  # of what is in no layer, sharding leaves small parts whole
         rest = min(layers(info).rest, info.parameters)
         return (rest + (info.parameters - rest) // (plan.ulysses * plan.ring)) * ITEMSIZE[dtype]
-    return info.parameters * ITEMSIZE[dtype] // (plan.tensor * plan.pipefusion)
+    if plan.pipefusion > 1:
+        return math.ceil(info.parameters * layers(info).of_stage(plan.pipefusion)) * ITEMSIZE[dtype]
+    return info.parameters * ITEMSIZE[dtype] // plan.tensor
 
 
 def pool(device: str) -> str:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 from torch import nn
 
+from xditd.catalog.families.layers import dealt_out
 from xditd.models.splits import Cut, Splits
 from xditd.protocol.errors import Code, XditError
-
-
-def share(total: int, stages: int) -> list[range]:
-    """Blocks dealt out in their order, as evenly as can be; the first stages have those that remain."""
-    ends = [0]
-    for stage in range(stages):
-        ends.append(ends[-1] + total // stages + (stage < total % stages))
-    return [range(begin, end) for begin, end in pairwise(ends)]
 
 
 class Stage:
@@ -36,7 +28,7 @@ class Stage:
         total = sum(len(list(blocks.children())) for blocks in lists)
         if total < self._of:
             raise XditError(Code.BAD_PLAN, f"{total} blocks are too few for {self._of} stages.")
-        held = share(total, self._of)[self._number]
+        held = dealt_out(total, self._of)[self._number]
         index = 0
         for blocks in lists:
             for name, _ in list(blocks.named_children()):
