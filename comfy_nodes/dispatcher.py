@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelRef, PlanRequest
-from xditd.protocol.plans import LoraRef
+from xditd.protocol.plans import LoraRef, spread_devices
 
 STRATEGIES = ("auto", "Hybrid", "USP", "PipeFusion", "CFG", "Tensor")
 SCHEDULINGS = ("round_robin", "least_loaded", "weighted_round_robin", "adaptive")
 
-_NAME = re.compile(r"(?P<kind>cuda:|cpu:)?(?P<first>[0-9]{1,4})(-(?P<last>[0-9]{1,4}))?")
+_NAME = re.compile(r"(cuda:|cpu:)?[0-9]{1,4}")
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,14 @@ def device_names(text: str) -> tuple[str, ...]:
         return ()
     names: list[str] = []
     for name in text.replace("\uff0c", ",").split(","):  # a Chinese keyboard's comma too
-        found = _NAME.fullmatch(name.strip())
-        if found is None or (found["last"] and int(found["last"]) < int(found["first"])):
+        spread = spread_devices(name.strip())
+        if not all(_NAME.fullmatch(single) for single in spread):
             raise XditError(
                 Code.BAD_DEVICE,
                 f"gpu_devices has {name.strip()!r}, which names no device; write numbers, as in 0,1,2,3 or 0-3, or leave "
                 "it empty for all that the daemon owns.",
             )
-        numbers = range(int(found["first"]), int(found["last"] or found["first"]) + 1)
-        names += [f"{found['kind'] or ''}{number}" for number in numbers]
+        names += spread
     if len(set(names)) < len(names):
         raise XditError(Code.BAD_DEVICE, f"gpu_devices names a device twice: {text}.")
     return tuple(names)

@@ -62,6 +62,11 @@ def test_auto_takes_ulysses_as_far_as_the_heads_divide_and_ring_for_the_rest(hea
     assert len(made.devices) == devices
 
 
+def test_devices_are_named_one_by_one_or_as_spans():
+    made = plan(m.PlanRequest(devices=("0", "cuda:2-3", "5-6")), VAE, GPUS)
+    assert made.devices == ("cuda:0", "cuda:2", "cuda:3", "cuda:5", "cuda:6")
+
+
 def test_a_vae_takes_one_device():
     assert plan(m.PlanRequest(), VAE, GPUS).devices == ("cuda:0",)
 
@@ -190,6 +195,9 @@ def test_ulysses_divides_the_heads_that_tensor_leaves():
         (m.PlanRequest(ulysses=5, devices=("0", "1", "2", "3", "4")), "bad_plan", "24"),
         (m.PlanRequest(devices=("9",)), "bad_device", "cuda:0"),
         (m.PlanRequest(devices=("1", "cuda:1")), "bad_device", "twice"),
+        (m.PlanRequest(devices=("1-3", "cuda:2-4")), "bad_device", "twice"),
+        (m.PlanRequest(devices=("3-1",)), "bad_device", "no device '3-1'"),
+        (m.PlanRequest(devices=("6-9",)), "bad_device", "no device '8'"),
         (m.PlanRequest(pipefusion=2, ulysses=2, devices=("0-3",)), "not_built", "together with ulysses"),
         (m.PlanRequest(pipefusion=2, tensor=2, devices=("0-3",)), "not_built", "together with tensor"),
         (m.PlanRequest(strategy="magic"), "bad_plan", "auto"),

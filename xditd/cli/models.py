@@ -86,7 +86,7 @@ def plan_options(command: F) -> F:
             "--devices",
             default="",
             metavar="0,1",
-            help="Which devices, as `xditctl status` names them; default: all.",
+            help="Which devices, as `xditctl status` names them, or a span: 0-7; default: all.",
         ),
         *(
             click.option(f"--{name}", type=click.IntRange(0, 1024), default=0, help=text)
@@ -290,7 +290,7 @@ def _show_memory(console: Console, before: tuple[MemoryStatus, ...], after: tupl
 @click.option(
     "--gib", type=click.FloatRange(min=0), default=0, help="GiB that each device gets back; default: all."
 )
-@click.option("--devices", default="", metavar="0,1", help="Which devices; default: all.")
+@click.option("--devices", default="", metavar="0,1", help="Which devices, or a span: 0-7; default: all.")
 @json_option
 @endpoint_option
 def free(endpoint: str | None, gib: float, devices: str, as_json: bool) -> None:

@@ -48,7 +48,10 @@ STYLE = {
     help="ulysses=2,ring=2, or a strategy's name; may be given several times. Default: every one over the devices.",
 )
 @click.option(
-    "--devices", default="", metavar="0,1", help="Which, as `xditctl status` names them; default: all."
+    "--devices",
+    default="",
+    metavar="0,1",
+    help="Which, as `xditctl status` names them, or a span: 0-7; default: all.",
 )
 @click.option("--vae", type=MODEL, help="Decode with this VAE, and tell the PSNR of the pictures.")
 @click.option("--size", type=PictureSize(), default="512x512", show_default=True, help="In pixels.")

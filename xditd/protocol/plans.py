@@ -56,7 +56,7 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     strategy: Name = "auto"  # "auto", "USP", "CFG", "PipeFusion", "Tensor", "Hybrid"
     devices: tuple[
         Name, ...
-    ] = ()  # names as `status` lists them, "0", "0-3" or "cuda:0"; () is all that the daemon owns
+    ] = ()  # names as `status` lists them, "cuda:0", "0", "0-3" or "cuda:0-3"; () is all that the daemon owns
     cfg: Degree = 0
     ulysses: Degree = 0
     ring: Degree = 0
@@ -142,6 +142,9 @@ class SkippedFile(Struct, frozen=True, kw_only=True):
 
 
 def spread_devices(name: str) -> tuple[str, ...]:
-    """Of a name in `PlanRequest.devices`: "0-3" is "0", "1", "2", "3"; any other is itself."""
-    span = re.fullmatch(r"(\d{1,4})-(\d{1,4})", name)
-    return (name,) if span is None else tuple(map(str, range(int(span[1]), int(span[2]) + 1)))
+    """Of a name in `PlanRequest.devices`: "0-3" is "0", "1", "2", "3", and "cuda:2-3" is "cuda:2", "cuda:3"; any other is itself,
+    also a span from its end to its beginning."""
+    span = re.fullmatch(r"([a-z]+:)?([0-9]{1,4})-([0-9]{1,4})", name)
+    if span is None or int(span[3]) < int(span[2]):
+        return (name,)
+    return tuple(f"{span[1] or ''}{number}" for number in range(int(span[2]), int(span[3]) + 1))
