@@ -143,6 +143,21 @@ def test_inputs_that_do_not_fit_never_reach_a_rank(client: Client) -> None:
     assert client.status().runs == ()
 
 
+def test_a_picture_too_small_for_a_ring_never_reaches_a_rank(client: Client) -> None:
+    """One token of image and one of text, and two ranks: attention's parts could not be merged."""
+    x, given = torch.zeros(1, 16, 2, 2), {"pooled": torch.zeros(1, FLUX["pooled_width"])}
+    with client.open_run(FLUX_MODEL, m.PlanRequest(ring=2, devices=("0", "1"))) as run:
+        run.put_conditioning("c", given | {"context": torch.zeros(1, 1, FLUX["context_width"])})
+        run.put_conditioning("d", given | {"context": torch.zeros(1, 2, FLUX["context_width"])})
+        with pytest.raises(
+            XditError, match="1 text and 1 image tokens are too few for ring 2; ring 1 would work"
+        ):
+            run.denoise([(x, 0.5, "d"), (x, 0.5, "c")])
+        assert refused(run.sample, x, [1.0, 0.0], "d", negative="c", cfg=2.0) == "bad_tensor"
+        assert [group.turns for group in client.status().groups if group.plan.ring == 2] == [0]
+        run.denoise([(x, 0.5, "d")])
+
+
 class Raw:
     """A client that may say anything."""
 

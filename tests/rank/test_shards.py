@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xditd.protocol.errors import XditError
+from xditd.catalog.families import TRANSFORMERS, transformer
+from xditd.models.families import FAMILIES
+from xditd.models.making import flux_facts
+from xditd.models.making_transformers import hunyuandit_facts, pixart_facts, sd3_facts, sdxl_facts
+from xditd.protocol.errors import Code, XditError
+from xditd.protocol.messages import Plan
+from xditd.protocol.tensors import Tensor
 from xditd.rank.shards import Layout, Shares
 
 degrees = st.integers(1, 6)
@@ -57,6 +67,46 @@ def test_an_even_deal_picks_nothing_out() -> None:
     layout = Layout.of(512, 4096, 2, 4)
     assert [layout.valid(block) for block in range(4)] == [None] * 4
     assert layout.image.kept() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("flux", flux_facts()),
+        ("sd3", sd3_facts()),
+        ("sd3", sd3_facts(qk_norm=True, dual_blocks=2)),
+        ("pixart", pixart_facts()),
+        ("hunyuandit", hunyuandit_facts()),
+        ("sdxl", sdxl_facts()),
+    ],
+)
+def test_the_daemon_refuses_what_ranks_would_have_to(name: str, facts: dict[str, int]) -> None:
+    """Every small picture and text under every small grid of ranks, for each kind of attention of a family."""
+    kind = FAMILIES[name].kind
+    with torch.device("meta"):
+        attention = kind(kind.empty(facts), facts, torch.device("meta"), torch.float32).tokens.attention
+    rules = TRANSFORMERS[name].attention(facts)
+    assert {frozenset(kinds) for kinds in rules} == {frozenset(kinds) for kinds in attention}
+    refused = 0
+    for text, image, ulysses, ring in product(range(1, 6), range(1, 8), range(1, 4), range(1, 6)):
+        plan = Plan(devices=("d",) * (ulysses * ring), ulysses=ulysses, ring=ring)
+        x = Tensor(dtype="float32", shape=(1, 16, 2 * image - 1, 2), frame=0)
+        given = {"context": Tensor(dtype="float32", shape=(1, text, 8), frame=0)}
+        ours, theirs = (
+            _refuses(transformer.check_tokens, "x", plan, rules, x, given),
+            _refuses(Layout.of, text, image, ulysses, ring, attention),
+        )
+        assert ours == theirs, (text, image, ulysses, ring)
+        refused += ours
+    assert (refused > 0) == bool(rules)
+
+
+def _refuses(check: Callable[..., object], *arguments: object) -> bool:
+    try:
+        check(*arguments)
+    except XditError as error:
+        return error.code == Code.BAD_TENSOR
+    return False
 
 
 def test_a_ring_rank_without_a_token_is_refused() -> None:

@@ -15,11 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xditd.catalog.detection import role
+from xditd.catalog.families.transformer import PATCH
 from xditd.protocol.plans import ModelInfo, Plan, shape
 from xditd.protocol.tensors import ITEMSIZE
-
-PATCH = 2
-"""Latent pixels of a token's side, in every family that is split."""
 
 PATCHES_STARTED = 2
 """Messages of a patch of PipeFusion that nothing hides: into a stage and out of it."""

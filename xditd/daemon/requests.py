@@ -18,13 +18,14 @@ from xditd.catalog import families
 from xditd.catalog.catalog import Catalog, Found, FoundLora
 from xditd.catalog.roots import ALIASES
 from xditd.daemon import choices, costs, dtypes, planner
+from xditd.daemon.checks import check_work
 from xditd.daemon.departures import Departure, Departures
 from xditd.daemon.devices import Device, Memories
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fallback import Ladder
 from xditd.daemon.groups import Group
 from xditd.daemon.ports import ClientPort
-from xditd.daemon.runs import Key, Run, Work
+from xditd.daemon.runs import Key, Run
 from xditd.daemon.session import Session
 from xditd.daemon.sight import Sight
 from xditd.daemon.work import failed, spell, step_effort
@@ -32,7 +33,6 @@ from xditd.protocol import messages as m
 from xditd.protocol.codec import MAX_HEADER
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.plans import LoraRef
-from xditd.protocol.samplers import PIPELINED
 
 log = logging.getLogger("xditd.requests")
 
@@ -112,7 +112,7 @@ class Requests:
                 self.dispatcher.put(run, message, frames, now)
             case m.Denoise() | m.Sample() | m.Decode() | m.Encode() | m.EncodeText():
                 run = self._run(session, message.run)
-                _check_work(run, message)
+                check_work(run, message)
                 self.dispatcher.ask(run, message, frames, now)
             case m.Cancel():
                 run = self._run(session, message.run, anybody=True)
@@ -317,67 +317,6 @@ class Requests:
         self._draining.clear()
         if stop:
             self.stop()
-
-
-def _check_work(run: Run, work: Work) -> None:
-    """Refuses what does not fit the run's model."""
-    info = run.found.info
-    if run.key.plan.pipefusion > 1:
-        _check_pipelined(run, work)
-    if isinstance(work, m.Denoise):
-        rules = families.transformer_of(info, "denoise")
-        for item in work.items:
-            rules.check_denoise(info, item.x, item.t, _conditioning(run, item.conditioning), item.out)
-    elif isinstance(work, m.Sample):
-        negative = _conditioning(run, work.negative) if work.negative is not None else None
-        families.transformer_of(info, "sample").check_sample(
-            info, work, _conditioning(run, work.conditioning), negative
-        )
-    elif isinstance(work, m.Decode):
-        _check_tile(run, work.tile)
-        families.autoencoder_of(info, "decode").check_decode(info, work.latent, work.out, work.tile or 0)
-    elif isinstance(work, m.Encode):
-        _check_tile(run, work.tile)
-        families.autoencoder_of(info, "encode images").check_encode(
-            info, work.image, work.out, work.tile or 0
-        )
-    else:
-        families.text_encoder_of(info, "encode text").check_encode_text(info, work)
-
-
-def _check_tile(run: Run, tile: int | None) -> None:
-    """Refuses tiles where devices share a picture: each would hold a band of every tile, too thin to be worth it."""
-    if tile and run.key.plan.patch > 1:
-        raise XditError(
-            Code.BAD_VALUE,
-            f"Tiles are computed by one device, but patch {run.key.plan.patch} shares a picture among several; leave out "
-            "tile, or name one device.",
-        )
-
-
-def _check_pipelined(run: Run, work: Work) -> None:
-    """Refuses what a pipeline of stages, which overlaps steps, cannot do."""
-    if isinstance(work, m.Denoise):
-        raise XditError(
-            Code.BAD_PLAN,
-            f"pipefusion {run.key.plan.pipefusion} computes steps that overlap, and so a whole sampling at once: use "
-            "`sample` (in ComfyUI: loop daemon), or for `denoise` a plan without it, as the strategies USP and Tensor make.",
-        )
-    if isinstance(work, m.Sample) and work.sampler not in PIPELINED:
-        raise XditError(
-            Code.BAD_VALUE,
-            f"Under pipefusion the ranks do not run the sampler {work.sampler!r}; they run {', '.join(PIPELINED)}.",
-        )
-
-
-def _conditioning(run: Run, key: str) -> dict[str, Any]:
-    if key not in run.conditioning:
-        known = ", ".join(map(repr, run.conditioning)) or "none"
-        raise XditError(
-            Code.NO_SUCH_CONDITIONING,
-            f"Run {run.id} has no conditioning {key!r}; it has {known}. Put it first.",
-        )
-    return run.conditioning[key][0].tensors
 
 
 def _is_meant(message: m.Unload | m.Sleep, group: Group) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xditd.catalog.families import inputs
-from xditd.catalog.families.family import Detected
+from xditd.catalog.families.family import Detected, Kinds
 from xditd.catalog.header import Header
 from xditd.protocol.messages import ModelInfo, Plan, Sample
 from xditd.protocol.noise import Noise
@@ -34,6 +34,11 @@ def noise(facts: Mapping[str, int]) -> Noise:
 def parameters(facts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """None: it has no weights."""
     return {}
+
+
+def attention(facts: Mapping[str, int]) -> tuple[Kinds, ...]:
+    """None: its tokens are not dealt out."""
+    return ()
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:

@@ -55,12 +55,19 @@ class Family(Protocol):
         """Refuses a plan that this model cannot run under: `bad_plan`, or `not_built`."""
 
 
+Kinds = tuple[str, ...]
+"""Of "text" and "image", those whose tokens an attention has as keys."""
+
+
 class Transformer(Family, Protocol):
     """One that denoises. In its checks, `conditioning` is the tensors of one PutConditioning, as `check_conditioning`
     passed them."""
 
     def noise(self, facts: Mapping[str, int]) -> Noise:
         """What kind of noise a model with these facts takes out of a latent."""
+
+    def attention(self, facts: Mapping[str, int]) -> tuple[Kinds, ...]:
+        """Each kind of attention among tokens that ranks deal out; () of a model whose tokens are not."""
 
     def check_conditioning(
         self, info: ModelInfo, tensors: Mapping[str, Tensor], values: Mapping[str, float]

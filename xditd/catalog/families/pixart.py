@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape, side
-from xditd.catalog.families.family import Detected
+from xditd.catalog.families.family import Detected, Kinds
 from xditd.catalog.header import Header
 from xditd.catalog.sentences import shape_of
 from xditd.protocol.errors import Code, XditError
@@ -130,6 +130,11 @@ def noise(facts: Mapping[str, int]) -> Noise:
 
 
 # ------------------------------------------------------------------------------------------- plan and inputs
+
+
+def attention(facts: Mapping[str, int]) -> tuple[Kinds, ...]:
+    """Each kind of attention among tokens that ranks deal out: of the image alone; each attends to the whole text."""
+    return (("image",),)
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from xditd.catalog.families import inputs, transformer
 from xditd.catalog.families.expected import check_shapes, count, has, shape
-from xditd.catalog.families.family import Detected
+from xditd.catalog.families.family import Detected, Kinds
 from xditd.catalog.header import Header
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
@@ -179,6 +179,11 @@ def noise(facts: Mapping[str, int]) -> Noise:
 
 
 # ------------------------------------------------------------------------------------------- plan and inputs
+
+
+def attention(facts: Mapping[str, int]) -> tuple[Kinds, ...]:
+    """None: its tokens are not dealt out."""
+    return ()
 
 
 def check_plan(info: ModelInfo, plan: Plan) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from xditd.catalog.families import inputs
+from xditd.catalog.families.family import Kinds
+from xditd.catalog.sentences import shape_of
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, Sample
 from xditd.protocol.noise import Noise
+from xditd.protocol.samplers import PIPELINED
 from xditd.protocol.tensors import Tensor
 
 Conditioning = Mapping[str, Tensor]
+
+PATCH = 2
+"""Latent pixels of a token's side, in every family whose tokens are dealt out."""
 
 
 def check_plan(info: ModelInfo, plan: Plan, label: str, blocks: int) -> None:
@@ -60,6 +67,63 @@ def _check_pipeline(info: ModelInfo, plan: Plan, blocks: int) -> None:
 
 def _divisors(heads: int) -> str:
     return ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
+
+
+def check_pipelined_step(plan: Plan) -> None:
+    """Refuses a step by itself under a plan whose stages overlap steps.
+
+    Raises:
+        XditError: `bad_plan`.
+    """
+    if plan.pipefusion > 1:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"pipefusion {plan.pipefusion} computes steps that overlap, and so a whole sampling at once: use `sample` (in "
+            "ComfyUI: loop daemon), or for `denoise` a plan without it, as the strategies USP and Tensor make.",
+        )
+
+
+def check_pipelined_loop(plan: Plan, message: Sample) -> None:
+    """Refuses a sampling that such a plan cannot do.
+
+    Raises:
+        XditError: `bad_value`.
+    """
+    if plan.pipefusion > 1 and message.sampler not in PIPELINED:
+        raise XditError(
+            Code.BAD_VALUE,
+            f"Under pipefusion the ranks do not run the sampler {message.sampler!r}; they run {', '.join(PIPELINED)}.",
+        )
+
+
+def check_tokens(
+    what: str, plan: Plan, attention: tuple[Kinds, ...], x: Tensor, conditioning: Conditioning
+) -> None:
+    """Refuses a latent with so few tokens that a ring rank would have none, whose attention cannot be merged with others'.
+
+    Args:
+        what: the latent is.
+        attention: as the family has it: `family.Transformer.attention`.
+
+    Raises:
+        XditError: `bad_tensor` with the ring that would work.
+    """
+    for kinds in attention:
+        # Each kind is dealt out in order, as evenly as can be: so the last ring rank has one where one is left for it.
+        counts = [conditioning["context"].shape[1] if kind == "text" else _tokens(x) for kind in kinds]
+        most = (max(counts) - 1) // plan.ulysses + 1
+        if plan.ring > most:
+            told = " and ".join(f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True))
+            raise XditError(
+                Code.BAD_TENSOR,
+                f"{what} has shape {shape_of(x.shape)}, and its {told} tokens are too few for ring {plan.ring}"
+                f"{f' with ulysses {plan.ulysses}' if plan.ulysses > 1 else ''}; ring {most} would work, and so would a "
+                "larger picture.",
+            )
+
+
+def _tokens(x: Tensor) -> int:
+    return math.prod(math.ceil(side / PATCH) for side in x.shape[2:])
 
 
 def check_batches(tensors: Conditioning) -> None:
