@@ -12,10 +12,16 @@ from dataclasses import dataclass, replace
 
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelRef, PlanRequest
-from xditd.protocol.plans import LoraRef, spread_devices
+from xditd.protocol.plans import FP8, LoraRef, spread_devices
 
 STRATEGIES = ("auto", "Hybrid", "USP", "PipeFusion", "CFG", "Tensor")
 SCHEDULINGS = ("round_robin", "least_loaded", "weighted_round_robin", "adaptive")
+
+WEIGHT_DTYPES = {"default": "", "fp8_e4m3fn": FP8[0], "fp8_e4m3fn_fast": FP8[0], "fp8_e5m2": FP8[1]}
+"""The stock loader's weight_dtype, in its order: what a plan calls it."""
+
+FAST = "fp8_e4m3fn_fast"
+"""The one that is arithmetic in fp8, too."""
 
 _NAME = re.compile(r"(cuda:|cpu:)?[0-9]{1,4}")
 
@@ -42,6 +48,25 @@ class Dispatcher:
         """The same choices for another part of the same checkpoint, on a device that the daemon chooses."""
         model = ModelRef(kind=self.model.kind, name=self.model.name, part=part, size=self.model.size)
         return replace(self, model=model, plan=PlanRequest(devices=self.plan.devices[:1]), lora=())
+
+
+def weight_dtype(chosen: str) -> str:
+    """What a plan calls a choice of the input weight_dtype.
+
+    Raises:
+        XditError: `not_built` for arithmetic in fp8; `bad_value` for a choice that there is not.
+    """
+    if chosen not in WEIGHT_DTYPES:
+        raise XditError(
+            Code.BAD_VALUE, f"There is no weight_dtype {chosen!r}; choose {', '.join(WEIGHT_DTYPES)}."
+        )
+    if chosen == FAST:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"weight_dtype {FAST} computes in fp8, which this version of xditd does not; choose fp8_e4m3fn, which keeps the same "
+            "weights and computes with them in the model's own dtype.",
+        )
+    return WEIGHT_DTYPES[chosen]
 
 
 def device_names(text: str) -> tuple[str, ...]:

@@ -13,9 +13,16 @@ from xditd.client import folders
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Loaded, ModelRef, PlanRequest
 
-from . import daemon, freeing
+from . import daemon, dispatcher, freeing
 from .clip import make_clip
-from .dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
+from .dispatcher import (
+    SCHEDULINGS,
+    STRATEGIES,
+    WEIGHT_DTYPES,
+    Dispatcher,
+    device_names,
+    refuse_unbuilt,
+)
 from .families import family
 from .patcher import make_model, remote
 from .say import say, telling_refusals
@@ -147,8 +154,10 @@ class LoadUNet(io.ComfyNode):
                 io.Combo.Input("unet_name", options=_listed("diffusion_models")),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"],
-                    tooltip="default: as the file has it. The fp8 choices are not built yet; an fp8 file loads by default.",
+                    options=list(WEIGHT_DTYPES),
+                    tooltip="fp8_e4m3fn and fp8_e5m2 round all weights to fp8 and keep them so: half the memory of 16 bits. Each layer is "
+                    "cast to the model's dtype as it runs. fp8_e4m3fn_fast is not built. default: as the file has it; of a file in "
+                    "fp8, whose weights are converted, or stay in fp8 where memory lacks: the same image.",
                 ),
                 *_choices(),
             ],
@@ -158,9 +167,8 @@ class LoadUNet(io.ComfyNode):
     @classmethod
     @telling_refusals()
     def execute(cls, unet_name: str, weight_dtype: str, **choices: Any) -> io.NodeOutput:
-        if weight_dtype != "default":
-            raise XditError(Code.NOT_BUILT, f"weight_dtype {weight_dtype} is not built yet; choose default.")
-        spec = _dispatcher("diffusion_models", unet_name, choices)
+        kept = dispatcher.weight_dtype(weight_dtype)
+        spec = _dispatcher("diffusion_models", unet_name, choices | {"weight_dtype": kept})
         loaded = _load(spec)
         _done(spec, loaded)
         return io.NodeOutput(make_model(spec, loaded), spec)
@@ -310,6 +318,7 @@ def _plan(choices: dict[str, Any]) -> PlanRequest:
         devices=devices,
         replicas=replicas,
         scheduling=scheduling,
+        weight_dtype=choices.get("weight_dtype") or "",
         fallback="auto" if choices.get("fallback") else "never",
     )
 

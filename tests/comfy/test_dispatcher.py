@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from comfy_nodes.dispatcher import SCHEDULINGS, STRATEGIES, Dispatcher, device_names, refuse_unbuilt
+from comfy_nodes.dispatcher import (
+    SCHEDULINGS,
+    STRATEGIES,
+    WEIGHT_DTYPES,
+    Dispatcher,
+    device_names,
+    refuse_unbuilt,
+    weight_dtype,
+)
 from xditd.protocol.errors import XditError
 from xditd.protocol.messages import ModelRef, PlanRequest
 
@@ -28,6 +36,9 @@ def test_two_wishes_for_the_same_are_one() -> None:
     """A KSampler compares its MODEL's with its XDIT_DISPATCHER, which may come out of ComfyUI's cache."""
     assert dispatcher() == dispatcher()
     assert dispatcher() != dispatcher(plan=PlanRequest(devices=("0",)))
+    assert dispatcher() != dispatcher(
+        plan=PlanRequest(devices=("0", "1"), strategy="USP", weight_dtype="float8_e5m2")
+    )
     assert dispatcher() != dispatcher(plan=PlanRequest(devices=("0", "1"), strategy="USP", replicas=2))
 
 
@@ -87,4 +98,16 @@ def test_what_is_not_built_is_refused_aloud(choice: dict[str, Any]) -> None:
 def test_a_choice_that_there_is_not_is_refused() -> None:
     with pytest.raises(XditError) as refused:
         refuse_unbuilt(**{**BUILT, "strategy": "Magic"})
+    assert refused.value.code == "bad_value"
+
+
+def test_weight_dtype_is_the_stock_loaders_and_what_is_not_built_says_what_is() -> None:
+    assert list(WEIGHT_DTYPES) == ["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"]
+    built = {chosen: weight_dtype(chosen) for chosen in ("default", "fp8_e4m3fn", "fp8_e5m2")}
+    assert built == {"default": "", "fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+    with pytest.raises(XditError, match="choose fp8_e4m3fn, which keeps the same weights") as refused:
+        weight_dtype("fp8_e4m3fn_fast")
+    assert refused.value.code == "not_built"
+    with pytest.raises(XditError, match="There is no weight_dtype 'fp4'; choose default, fp8") as refused:
+        weight_dtype("fp4")
     assert refused.value.code == "bad_value"

@@ -26,10 +26,17 @@ def candidates(request: m.PlanRequest, info=None, size=(0, 0), too_large=lambda 
     return explain(request, info, GPUS, "bfloat16", MARGIN, too_large, size)
 
 
-def only(found: tuple[Candidate, ...], offload: str = "", shard: bool = False, **degrees: int) -> Candidate:
+def only(
+    found: tuple[Candidate, ...],
+    offload: str = "",
+    shard: bool = False,
+    weight_dtype: str = "",
+    **degrees: int,
+) -> Candidate:
     names = ("cfg", "ulysses", "ring", "pipefusion", "tensor")
     alike = [c for c in found if all(getattr(c.plan, name) == degrees.get(name, 1) for name in names)]
-    (one,) = [c for c in alike if (c.plan.offload, c.plan.shard) == (offload, shard)]
+    wanted = (offload, shard, weight_dtype)
+    (one,) = [c for c in alike if (c.plan.offload, c.plan.shard, c.plan.weight_dtype) == wanted]
     return one
 
 
@@ -124,7 +131,8 @@ def test_what_a_plan_is_said_to_take_is_what_it_is_counted_with_awake_and_asleep
     info = structs.replace(flux(), parameters=12_000_000)
     residency = Residency(SimpleNamespace(memory=lambda pool: None), margin=MARGIN)
     found = Found(path="/flux", info=info, prefix="")
-    listed, _ = candidates(m.PlanRequest(devices=FOUR), info)
+    found_all, _ = candidates(m.PlanRequest(devices=FOUR), info)
+    listed = [one for one in found_all if not one.plan.weight_dtype]
     assert {one.weights for one in listed} >= {24_000_000, 12_000_000, 6_000_000}
     for one in listed:
         key = Key("/flux", "", "bfloat16", one.plan)
@@ -134,5 +142,54 @@ def test_what_a_plan_is_said_to_take_is_what_it_is_counted_with_awake_and_asleep
         assert residency.host_bytes(group) == asleep
 
 
+def test_weights_in_fp8_are_half_of_16_bits_and_the_layer_that_is_cast():
+    # Flux.1 dev: a double block has 339.8 million parameters, what is in no block 64.2 million.
+    info = structs.replace(flux(), parameters=11_900_000_000)
+    residency = Residency(SimpleNamespace(memory=lambda pool: None), margin=MARGIN)
+    found = Found(path="/flux", info=info, prefix="")
+    listed, _ = candidates(m.PlanRequest(devices=("0",)), info)
+    rounded = only(listed, weight_dtype="float8_e4m3fn")
+    assert (rounded.verdict, rounded.exact, rounded.code) == ("possible", False, "")
+    assert "rounds weights" in rounded.reason
+    resting = (11.9e9 - 64.2e6) + 2 * 64.2e6
+    assert rounded.weights == pytest.approx(resting + 2 * 339.8e6, rel=1e-4)
+    key = Key("/flux", "", "bfloat16", rounded.plan)
+    assert residency.needs(found, key) == {"cuda:0": rounded.weights + MARGIN}
+    group = Group("g1", 1, m.ModelRef(kind="diffusion_models", name="flux"), found, key, started=0.0)
+    assert residency.host_bytes(group) == pytest.approx(resting, rel=1e-4)
+
+    def weights(**plan):
+        request = m.PlanRequest(weight_dtype="float8_e5m2", **plan)
+        chosen, refusal = candidates(request, info)
+        assert refusal is None
+        assert chosen[0].verdict == "chosen"
+        return chosen[0].weights
+
+    assert weights(devices=("0-1",), tensor=2) == pytest.approx(rounded.weights / 2, rel=1e-4)
+    assert weights(devices=("0",), offload="layerwise") == pytest.approx(
+        2 * 64.2e6 + 2 * 339.8e6 + 2 * 339.8e6, rel=1e-3
+    )
+
+
+def test_the_fp8_of_a_file_is_kept_where_there_is_no_other_room_for_it():
+    info = structs.replace(flux(), parameters=11_900_000_000, dtype="float8_e4m3fn")
+    large = {"": "no room", "file": ""}
+
+    def chosen(request, too_large, info=info):
+        listed, refusal = candidates(request, info, too_large=too_large)
+        return listed[0], refusal
+
+    one, refusal = chosen(m.PlanRequest(devices=("0",)), lambda plan: "")
+    assert (one.plan.weight_dtype, refusal) == ("", None)
+    one, refusal = chosen(m.PlanRequest(devices=("0",)), lambda plan: large.get(plan.weight_dtype, ""))
+    assert (one.plan.weight_dtype, one.exact, refusal) == ("file", True, None)
+    assert one.reason == "one device; its weights stay in the fp8 of their file, and are cast layer by layer"
+    one, refusal = chosen(m.PlanRequest(devices=("0",)), lambda plan: "no room")
+    assert (one.verdict, refusal.code) == ("rejected", "out_of_memory")
+    bf16 = structs.replace(info, dtype="bfloat16")
+    one, refusal = chosen(m.PlanRequest(devices=("0",)), lambda plan: large.get(plan.weight_dtype, ""), bf16)
+    assert (one.plan.weight_dtype, refusal.code) == ("", "out_of_memory")
+
+
 def test_whatever_a_plan_may_have_there_is_a_reason_for_not_taking_it_by_itself():
-    assert sorted(NOT_BY_ITSELF) == sorted({*DEGREES, *OFFLOADS, "shard"} - {""})
+    assert sorted(NOT_BY_ITSELF) == sorted({*DEGREES, *OFFLOADS, "shard", "file", "float8_e4m3fn"} - {""})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from tests.daemon.test_planner import GPUS, VAE, flux
 from tests.daemon.world import REF, World
@@ -21,6 +22,9 @@ ONE = m.Plan(devices=("cpu:0",), reason="one device")
 
 
 OFFLOADED = [f"The plan on cuda:0 with {offload} offload" for offload in ("model", "layerwise")]
+
+
+IN_FP8 = " with weights in the file's fp8"
 
 
 def below(**asked: object) -> list[str]:
@@ -60,6 +64,30 @@ def below(**asked: object) -> list[str]:
 )
 def test_the_ladder_of_a_plan_is_its_strategy_with_half_the_devices_one_and_offload(asked, expected):
     assert below(**asked) == expected
+
+
+def test_for_want_of_memory_a_file_in_fp8_stays_so_before_all_else() -> None:
+    """The numbers are the same. For want of a device its weights need not be kept otherwise."""
+    info = structs.replace(flux(), dtype="float8_e4m3fn")
+    two = plan(m.PlanRequest(ulysses=2), info, GPUS)
+    top = Ladder.of((two,), rungs(two, info))
+
+    def descent(ladder: Ladder, code: str) -> list[str]:
+        seen = []
+        while (lower := ladder.down("start", code, "no")) is not None:
+            below, ladder = lower
+            seen.append(spell(below))
+        return seen
+
+    assert descent(top, "out_of_memory") == [
+        f"ulysses 2 on cuda:0, cuda:1{IN_FP8}",
+        f"The plan on cuda:0{IN_FP8}",
+        *(f"{one}{IN_FP8}" for one in OFFLOADED),
+    ]
+    assert descent(top, "load_failed") == ["The plan on cuda:0"]
+    asked = plan(m.PlanRequest(ulysses=2, weight_dtype="float8_e5m2"), flux(), GPUS)
+    rounded = Ladder.of((asked,), rungs(asked, flux()))
+    assert descent(rounded, "load_failed") == ["The plan on cuda:0 with weights in float8_e5m2"]
 
 
 def test_a_vae_is_not_offloaded_layer_by_layer():

@@ -295,5 +295,43 @@ def test_a_model_without_weights_has_none_to_share_or_to_offload(asked):
     assert caught.value.code == Code.BAD_PLAN
 
 
+@pytest.mark.parametrize(
+    ("asked", "info", "code", "why"),
+    [
+        ({"weight_dtype": "fp8"}, flux(), "bad_plan", "choose file, float8_e4m3fn, float8_e5m2, or none"),
+        ({"weight_dtype": "file"}, flux(), "bad_plan", "flux.safetensors is in bfloat16; float8_e4m3fn or"),
+        ({"weight_dtype": "float8_e5m2"}, VAE, "bad_plan", "for diffusion models"),
+        (
+            {"weight_dtype": "float8_e5m2", "ulysses": 2, "shard": True},
+            flux(),
+            "not_built",
+            "either alone is, and weight_dtype with tensor or offload",
+        ),
+    ],
+    ids=["strange", "not-in-fp8", "vae", "sharded"],
+)
+def test_weights_that_cannot_be_kept_in_fp8_are_refused(asked, info, code, why):
+    with pytest.raises(XditError, match=why) as refused:
+        plan(m.PlanRequest(**asked), info, GPUS)
+    assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"ulysses": 2},
+        {"ring": 2, "cfg": 2},
+        {"strategy": "Tensor", "devices": ("0-1",)},
+        {"strategy": "PipeFusion", "devices": ("0-1",), "offload": "layerwise"},
+        {"devices": ("0",), "offload": "model"},
+    ],
+    ids=str,
+)
+def test_weights_in_fp8_go_with_every_other_plan_and_say_so(asked):
+    made = plan(m.PlanRequest(weight_dtype="float8_e4m3fn", **asked), flux(), GPUS)
+    assert made.weight_dtype == "float8_e4m3fn"
+    assert made.reason.endswith("; its weights are rounded to float8_e4m3fn, and cast layer by layer")
+
+
 def test_every_degree_can_be_given_up():
     assert sorted(SHRINKING) == sorted(DEGREES)

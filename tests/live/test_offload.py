@@ -92,10 +92,10 @@ def test_never_is_never(small: Service, plan: PlanRequest) -> None:
 def test_the_planner_says_what_there_is_instead(small: Service) -> None:
     with small.client() as client:
         answer = client.explain(MODEL, PlanRequest(devices=("0",)))
-    verdicts = {one.plan.offload: one.verdict for one in answer.candidates}
+    verdicts = {one.plan.weight_dtype or one.plan.offload: one.verdict for one in answer.candidates}
     assert (answer.code, verdicts) == (
         "out_of_memory",
-        {"": "rejected", "model": "rejected", "layerwise": "possible"},
+        {"": "rejected", "model": "rejected", "layerwise": "possible", "float8_e4m3fn": "possible"},
     )
 
 

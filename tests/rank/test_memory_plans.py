@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models.test_storage import rounded
 from tests.rank.ranks import Ranks, framed, running
 from tests.rank.reference import CPU, error, euler
 from xditd.models.families import load
@@ -39,8 +40,15 @@ PLANS = {
     "cfg2-layerwise": ({"cfg": 2}, {"offload": "layerwise"}),
     "pipefusion2-layerwise": ({"pipefusion": 2}, {"offload": "layerwise"}),
     "pipefusion2-model": ({"pipefusion": 2}, {"offload": "model"}),
+    "ulysses2-fp8": ({"ulysses": 2}, {"weight_dtype": "float8_e4m3fn"}),
+    "ring2-fp8-layerwise": ({"ring": 2}, {"weight_dtype": "float8_e4m3fn", "offload": "layerwise"}),
+    "tensor2-fp8": ({"tensor": 2}, {"weight_dtype": "float8_e4m3fn"}),
+    "tensor2-fp8-layerwise": ({"tensor": 2}, {"weight_dtype": "float8_e4m3fn", "offload": "layerwise"}),
+    "cfg2-fp8": ({"cfg": 2}, {"weight_dtype": "float8_e4m3fn"}),
+    "pipefusion2-fp8": ({"pipefusion": 2}, {"weight_dtype": "float8_e4m3fn"}),
+    "pipefusion2-fp8-model": ({"pipefusion": 2}, {"weight_dtype": "float8_e4m3fn", "offload": "model"}),
 }
-QUICK = ("ulysses2-layerwise", "ulysses2-shard")
+QUICK = ("ulysses2-layerwise", "ulysses2-shard", "ulysses2-fp8")
 
 
 @dataclass
@@ -65,7 +73,9 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = make_flux(folder / "flux.safetensors", **FLUX, dtype=torch.float32)
     lora = make_lora(folder / "lora.safetensors", "flux", flux_facts(**FLUX))
     with running(folder, path=path, **degrees, plan=plan, wait=False) as ranks:
-        network = load("flux", path, "transformer", CPU, torch.float32)
+        # What is kept in fp8 is held against what has been rounded to it in its file.
+        weights = rounded(path, plan["weight_dtype"]) if "weight_dtype" in plan else path
+        network = load("flux", weights, "transformer", CPU, torch.float32)
         sharing = degrees.get("ulysses", 1) * degrees.get("ring", 1)
         yield World(request.param, sharing, ranks, ranks.ready(), network, lora)
 
@@ -126,6 +136,8 @@ def test_a_rank_tells_what_it_has_on_its_device(world: World, capsys: pytest.Cap
         assert max(here for here, _ in shares) < 1 / world.sharing + 0.05
     if "layerwise" in world.name:
         assert max(here for here, _ in shares) < 0.5
+    elif "fp8" in world.name and "model" not in world.name:
+        assert max(here for here, _ in shares) < 0.55, "a quarter of float32, and one layer as it is computed"
 
 
 def test_it_sleeps_and_wakes(world: World) -> None:

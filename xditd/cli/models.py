@@ -18,7 +18,7 @@ from xditd.cli.bars import PhaseBar
 from xditd.cli.commands import MODEL, connect, endpoint_option, json_option, print_json, stderr, stdout
 from xditd.protocol.figures import MemoryStatus
 from xditd.protocol.messages import ModelList, ModelRef, PlanRequest
-from xditd.protocol.plans import OFFLOADS
+from xditd.protocol.plans import OFFLOADS, WEIGHT_DTYPES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,7 +39,7 @@ DEGREE_HELP = {
 
 
 def plan_options(command: F) -> F:
-    """--strategy, the degrees, --devices, --offload, --shard, --fallback: the command gets a PlanRequest of them as `asked`.
+    """--strategy, the degrees, --devices, --offload, --shard, --weight-dtype, --fallback: the command gets a PlanRequest of them as `asked`.
 
     What is left out is the planner's choice.
     """
@@ -52,6 +52,7 @@ def plan_options(command: F) -> F:
         fallback: str | None,
         offload: str | None,
         shard: bool,
+        weight_dtype: str | None,
         **others: Any,
     ) -> Any:
         chosen = {name: others.pop(name) for name in ("strategy", *DEGREE_HELP)}
@@ -61,6 +62,7 @@ def plan_options(command: F) -> F:
             fallback=fallback or "",
             offload=offload or "",
             shard=shard,
+            weight_dtype=weight_dtype or "",
             **chosen,
         )
         return command(*arguments, asked=plan, **others)
@@ -71,6 +73,11 @@ def plan_options(command: F) -> F:
             "--fallback",
             type=click.Choice(("auto", "never")),
             help="Of a plan that cannot be had: auto does it with fewer devices, item by item or with offload, never does not; default: as the daemon is configured.",
+        ),
+        click.option(
+            "--weight-dtype",
+            type=click.Choice([dtype for dtype in WEIGHT_DTYPES if dtype]),
+            help="Weights are kept in 8 bits and cast layer by layer: the fp8 of a file as it is (file), or rounded to fp8.",
         ),
         click.option(
             "--shard",

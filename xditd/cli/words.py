@@ -77,9 +77,15 @@ def degrees(plan: Plan) -> str:
 
 
 def moved(plan: Plan | PlanRequest) -> str:
-    """ ", sharded", ", layerwise offload": where the weights are, if not all of them on every device; else ""."""
+    """ ", sharded", ", layerwise offload", ", weights in float8_e5m2": where the weights are, if not all of them on every device,
+    and in what, if not in what they are computed in; else ""."""
     offload = f", {plan.offload} offload" if plan.offload else ""
-    return f"{offload}, sharded" if plan.shard else offload
+    kept = (
+        f", weights in {'fp8' if plan.weight_dtype == 'file' else plan.weight_dtype}"
+        if plan.weight_dtype
+        else ""
+    )
+    return offload + (", sharded" if plan.shard else "") + kept
 
 
 def spelled(plan: Plan | PlanRequest) -> str:

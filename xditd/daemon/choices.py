@@ -19,12 +19,16 @@ from xditd.daemon.work import spell
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.explaining import Candidate
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
-from xditd.protocol.plans import DEGREES, OFFLOADS, degrees_of, shape
+from xditd.protocol.plans import DEGREES, FP8, OFFLOADS, degrees_of, shape
 
 OF_TRANSFORMERS = tuple(name for name in DEGREES if name != "patch")
 """Degrees that split what a transformer computes."""
 
 NOT_BY_ITSELF = {
+    "file": "exact; only by its name, or where memory lacks: every layer is cast each time it runs",
+    FP8[
+        0
+    ]: "rounds weights, so only by its name: half the memory of 16 bits, and every layer is cast each time it runs",
     "model": "exact; only by its name, or where memory lacks: every turn waits until all weights have come",
     "layerwise": "exact; only by its name, or where memory lacks: every call waits for all layers to come",
     "shard": "exact; only by its name: for models that do not fit, since every layer is gathered before it runs",
@@ -35,7 +39,7 @@ NOT_BY_ITSELF = {
     "ulysses": "exact; not chosen, since it is not what was asked for",
     "patch": "exact; only where its devices are named, since one decodes most pictures in a moment",
 }
-"""Why a plan that would work is not taken: the first reason that is of its offload, its sharing or one of its degrees above 1."""
+"""Why a plan that would work is not taken: the first reason that is of its weights' dtype, its offload, its sharing or one of its degrees above 1."""
 
 
 def explain(
@@ -64,7 +68,7 @@ def explain(
     refusal: XditError | None = None
     chosen: Plan | None = None
     try:
-        chosen = planner.plan(request, info, owned)
+        chosen = planner.with_room(planner.plan(request, info, owned), info, too_large)
         if problem := too_large(chosen):
             refusal = XditError(Code.OUT_OF_MEMORY, f"{problem}.")
     except XditError as error:
@@ -79,7 +83,7 @@ def explain(
                 verdict=verdict,
                 reason=reason.rstrip("."),
                 code=code,
-                exact=plan.pipefusion == 1,
+                exact=plan.pipefusion == 1 and plan.weight_dtype not in FP8,
                 weights=weights(info, dtype, plan),
                 activations=margin,
                 tokens=math.ceil(tokens_of(info, size) / (plan.ulysses * plan.ring)),
@@ -93,7 +97,7 @@ def explain(
             add(chosen, "chosen", chosen.reason)
         else:
             add(chosen, "rejected", refusal.message, Code.OUT_OF_MEMORY.value)
-    for changes in (*shapes(len(devices), info.part), *memory_plans(len(devices), info.part)):
+    for changes in (*shapes(len(devices), info.part), *memory_plans(len(devices), info)):
         plan = structs.replace(Plan(devices=devices[: _count(changes)]), **changes)
         if chosen is not None and shape(plan) == shape(chosen):
             continue
@@ -126,10 +130,13 @@ def shapes(count: int, part: str = "transformer") -> list[dict[str, Any]]:
     return [*found, {}]
 
 
-def memory_plans(count: int, part: str = "transformer") -> list[dict[str, Any]]:
-    """Plans that take less of a device's memory: one with offload, and of a transformer several that share its weights."""
+def memory_plans(count: int, info: ModelInfo) -> list[dict[str, Any]]:
+    """Plans that take less of a device's memory: one with offload, and of a transformer one with weights in fp8 and several
+    that share its weights."""
     found: list[dict[str, Any]] = [{"offload": offload} for offload in OFFLOADS if offload]
-    if count > 1 and part == "transformer":
+    if info.part == "transformer":
+        found.append({"weight_dtype": "file" if info.dtype in FP8 else FP8[0]})
+    if count > 1 and info.part == "transformer":
         found += [{name: count, "shard": True} for name in ("ulysses", "ring")]
     return found
 
@@ -141,6 +148,6 @@ def _count(changes: Mapping[str, Any]) -> int:
 
 def _not_taken(plan: Plan, devices: int) -> str:
     """Why a plan that would work over so many devices is not the one."""
-    words = {plan.offload, "shard" if plan.shard else "", *degrees_of(plan)}
+    words = {plan.weight_dtype, plan.offload, "shard" if plan.shard else "", *degrees_of(plan)}
     idle = f"exact; leaves {devices - len(plan.devices)} of {devices} devices idle"
     return next((reason for word, reason in NOT_BY_ITSELF.items() if word in words), idle)

@@ -35,7 +35,7 @@ log = logging.getLogger("xditd.clients")
 CAPABILITIES = (
     "flux", "sd3", "pixart", "hunyuandit", "sdxl", "autoencoder_kl", "clip", "t5", "bert", "ulysses", "ring", "cfg", "sample",
     "encode_text", "frames", "shared_memory", "lane", "watch", "replicas", "free_memory", "goodbye", "lora", "sleep", "patch", "tile",
-    "tensor", "pipefusion", "offload", "shard", "fallback", "explain",
+    "tensor", "pipefusion", "offload", "shard", "weight_dtype", "fallback", "explain",
 )  # fmt: skip
 """What a client may count on, beyond the protocol's version."""
 

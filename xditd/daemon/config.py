@@ -81,6 +81,9 @@ class Preload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ""  # where the weights are outside of turns; "" on the devices
     )
     shard: bool = False  # ranks of ulysses and ring hold a share of the weights each
+    weight_dtype: Literal["", "file", "float8_e4m3fn", "float8_e5m2"] = (
+        ""  # in what a transformer keeps its weights; "" in what it computes with
+    )
     replicas: Degree = 0  # groups that share the devices; 0 is one
 
     @property

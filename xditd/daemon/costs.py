@@ -208,7 +208,7 @@ def estimate(
         if shape(other) == shape(plan):
             return Estimate(seconds, "measured")
     speed = speed_of(device)
-    if speed is None or plan.offload:
+    if speed is None or plan.offload or plan.weight_dtype:
         return None
     told = step(info, plan, size, dtype, speed)
     if told is None:
@@ -216,7 +216,7 @@ def estimate(
     ratios = sorted(
         seconds / modelled
         for other, seconds in measured
-        if not other.offload and (modelled := step(info, other, size, dtype, speed))
+        if not (other.offload or other.weight_dtype) and (modelled := step(info, other, size, dtype, speed))
     )
     if not ratios:
         return Estimate(told, "estimate")

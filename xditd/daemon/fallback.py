@@ -96,10 +96,11 @@ class Ladder:
         return self.splits and not self.leads_down("turn", Code.OUT_OF_MEMORY.value, batch)
 
     def _next(self, code: str) -> Plan | None:
-        """The nearest plan below that may help: to have weights elsewhere helps for want of memory alone."""
-        offloaded = "" if self.at is None else self.at.offload
-        memory = code == Code.OUT_OF_MEMORY.value
-        return next((rung for rung in self.rungs if memory or rung.offload == offloaded), None)
+        """The nearest plan below that may help: to have weights elsewhere, or kept in fp8, helps for want of memory alone."""
+        weights = ("", "") if self.at is None else (self.at.offload, self.at.weight_dtype)
+        if code == Code.OUT_OF_MEMORY.value:
+            return next((rung for rung in self.rungs if rung.weight_dtype or not weights[1]), None)
+        return next((rung for rung in self.rungs if (rung.offload, rung.weight_dtype) == weights), None)
 
     def _split(self, when: str, code: str, batch: int) -> bool:
         """Whether the batch is what is given up now: before the last of several devices, and before weights have to move."""
@@ -124,7 +125,10 @@ def spell(plan: Plan) -> str:
     degrees = spell_degrees(degrees_of(plan)) or "The plan"
     offload = f" with {plan.offload} offload" if plan.offload else ""
     sharded = " with sharded weights" if plan.shard else ""
-    return f"{degrees} on {', '.join(plan.devices)}{offload}{sharded}"
+    kept = "the file's fp8" if plan.weight_dtype == "file" else plan.weight_dtype
+    return f"{degrees} on {', '.join(plan.devices)}{offload}{sharded}" + (
+        f" with weights in {kept}" if kept else ""
+    )
 
 
 class Lately:

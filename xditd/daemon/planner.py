@@ -9,6 +9,7 @@ takes one device, but of several that are named all of a VAE's share its picture
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from msgspec import structs
 
@@ -16,7 +17,7 @@ from xditd.catalog.families import family
 from xditd.daemon.scheduling import POLICIES
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo, Plan, PlanRequest
-from xditd.protocol.plans import DEGREES, OFFLOADS, spell_degrees, spread_devices
+from xditd.protocol.plans import DEGREES, FP8, OFFLOADS, WEIGHT_DTYPES, spell_degrees, spread_devices
 
 STRATEGIES = ("auto", "usp", "hybrid", "cfg", "tensor", "pipefusion")
 """In lower case. auto, usp and hybrid mean sequence parallelism for what no degree speaks for."""
@@ -67,11 +68,11 @@ SHRINKING = ("ring", "ulysses", "pipefusion", "tensor", "cfg", "patch")
 
 def rungs(plan: Plan, info: ModelInfo) -> tuple[Plan, ...]:
     """The plans below one, nearest first: its degrees halved one after the other, down to one device; then one device
-    with less and less of the weights on it.
+    with less and less of the weights on it. Where the file is in fp8, each also with its weights kept so.
 
     Those that the model's family would refuse are left out.
     """
-    found: list[Plan] = []
+    found: list[Plan] = [plan]
     shares = {name: getattr(plan, name) for name in SHRINKING}
     for name in SHRINKING:
         while shares[name] > 1:
@@ -79,12 +80,30 @@ def rungs(plan: Plan, info: ModelInfo) -> tuple[Plan, ...]:
             count = math.prod(shares.values())
             kept = {name: degree for name, degree in shares.items() if degree > 1}
             shard = plan.shard and shares["ulysses"] * shares["ring"] > 1
-            reason = _reason(kept, info, count, plan.offload, shard)
-            devices = plan.devices[:count]
-            found.append(Plan(devices=devices, offload=plan.offload, shard=shard, reason=reason, **shares))
+            rung = structs.replace(plan, devices=plan.devices[:count], shard=shard, **shares)
+            found.append(structs.replace(rung, reason=_reason(kept, info, rung)))
+    last = structs.replace(found[-1], devices=plan.devices[:1], shard=False)
     for offload in OFFLOADS[OFFLOADS.index(plan.offload) + 1 :]:
-        found.append(Plan(devices=plan.devices[:1], offload=offload, reason=_reason({}, info, 1, offload)))
-    return tuple(rung for rung in found if not _refused(rung, info))
+        rung = structs.replace(last, offload=offload)
+        found.append(structs.replace(rung, reason=_reason({}, info, rung)))
+    both = [one for rung in found for one in (rung, *in_fp8(rung, info))]
+    return tuple(rung for rung in both[1:] if not _refused(rung, info))
+
+
+def in_fp8(plan: Plan, info: ModelInfo) -> tuple[Plan, ...]:
+    """The plan with weights kept as a file in fp8 has them; () where that is not to be had. The numbers are the same."""
+    kept = structs.replace(plan, weight_dtype="file", reason=plan.reason + WEIGHTS["file"])
+    return () if plan.weight_dtype or _refused(kept, info) else (kept,)
+
+
+def with_room(plan: Plan, info: ModelInfo, too_large: Callable[[Plan], str]) -> Plan:
+    """The plan; or with weights kept in the file's fp8, where it can have room so alone.
+
+    Args:
+        too_large: why a plan can never have room; "" where it can.
+    """
+    smaller = in_fp8(plan, info) if too_large(plan) else ()
+    return next((kept for kept in smaller if not too_large(kept)), plan)
 
 
 def _refused(plan: Plan, info: ModelInfo) -> bool:
@@ -106,6 +125,8 @@ def check(plan: Plan, info: ModelInfo) -> None:
     if (plan.offload or plan.shard) and not found.part:
         what = "offload" if plan.offload else "shard"
         raise XditError(Code.BAD_PLAN, f"{info.name} has no weights to {what}; leave {what} out.")
+    if plan.weight_dtype:
+        _check_weight_dtype(plan, info)
     if plan.shard:
         _check_shard(plan, info)
     if plan.offload == "layerwise" and not found.layers:
@@ -131,6 +152,31 @@ def fallback(request: PlanRequest, configured: str) -> bool:
             Code.BAD_PLAN, f"There is no fallback {request.fallback!r}; choose {' or '.join(FALLBACKS)}."
         )
     return word != "never"
+
+
+def _check_weight_dtype(plan: Plan, info: ModelInfo) -> None:
+    if plan.weight_dtype not in WEIGHT_DTYPES:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"There is no weight_dtype {plan.weight_dtype!r}; choose {', '.join(filter(None, WEIGHT_DTYPES))}, or none.",
+        )
+    if info.part != "transformer" or not family(info.family).layers:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"weight_dtype {plan.weight_dtype} is for diffusion models, and {info.name} is none; leave it out.",
+        )
+    if plan.weight_dtype == "file" and info.dtype not in FP8:
+        raise XditError(
+            Code.BAD_PLAN,
+            f"weight_dtype file keeps the fp8 of a file, and {info.name} is in {info.dtype or 'blocks'}; {' or '.join(FP8)} would "
+            "round it to that.",
+        )
+    if plan.shard:
+        raise XditError(
+            Code.NOT_BUILT,
+            f"shard together with weight_dtype {plan.weight_dtype} is not built in this version; either alone is, and weight_dtype "
+            "with tensor or offload.",
+        )
 
 
 def _check_shard(plan: Plan, info: ModelInfo) -> None:
@@ -199,10 +245,16 @@ def plan(request: PlanRequest, info: ModelInfo, owned: list[str]) -> Plan:
                 f"{spell_degrees(given) or 'The plan'} makes {product}, but {len(devices)} devices are given; leave a degree open or "
                 f"name {product} device{'s' if product > 1 else ''}.",
             )
-    reason = _reason(degrees, info, len(devices), request.offload, request.shard)
-    chosen = Plan(devices=devices, offload=request.offload, shard=request.shard, reason=reason, **degrees)
+    chosen = Plan(
+        devices=devices,
+        offload=request.offload,
+        shard=request.shard,
+        weight_dtype=request.weight_dtype,
+        reason="",
+        **degrees,
+    )
     check(chosen, info)
-    return chosen
+    return structs.replace(chosen, reason=_reason(degrees, info, chosen))
 
 
 def _degrees(request: PlanRequest) -> dict[str, int]:
@@ -269,11 +321,17 @@ OFFLOADED = {
 SHARDED = "; each rank holds a share of the weights, and gathers a layer before it runs"
 
 
-def _reason(
-    degrees: dict[str, int], info: ModelInfo, devices: int, offload: str = "", shard: bool = False
-) -> str:
+WEIGHTS = {
+    "": "",
+    "file": "; its weights stay in the fp8 of their file, and are cast layer by layer",
+    **{name: f"; its weights are rounded to {name}, and cast layer by layer" for name in FP8},
+}
+
+
+def _reason(degrees: dict[str, int], info: ModelInfo, plan: Plan) -> str:
     """One sentence, which follows from the plan alone: the same plan in other words is the same plan."""
-    return _shared(degrees, info, devices) + OFFLOADED[offload] + (SHARDED if shard else "")
+    kept = OFFLOADED[plan.offload] + (SHARDED if plan.shard else "") + WEIGHTS[plan.weight_dtype]
+    return _shared(degrees, info, len(plan.devices)) + kept
 
 
 def _shared(degrees: dict[str, int], info: ModelInfo, devices: int) -> str:

@@ -181,7 +181,7 @@ class Requests:
             owned,
             dtype,
             residency.margin,
-            lambda plan: residency.too_large(found, Key(found.path, info.part, dtype, plan)),
+            self._too_large(found, dtype),
             size,
             lambda plan: costs.estimate(info, plan, size, dtype, self.devices[plan.devices[0]].model, steps),
         )
@@ -191,12 +191,19 @@ class Requests:
         )
         self.clients.answer(session.peer, answer)
 
+    def _too_large(self, found: Found, dtype: str) -> Callable[[m.Plan], str]:
+        """Of a plan of a model: why it can never have room."""
+        residency = self.dispatcher.fleet.residency
+        return lambda plan: residency.too_large(found, Key(found.path, found.info.part, dtype, plan))
+
     async def _find(self, ref: m.ModelRef, request: m.PlanRequest) -> tuple[Found, tuple[Key, ...], Ladder]:
         """The file, what each of its replicas is, and what there may be instead of them."""
         found: Found = await asyncio.to_thread(self.catalog.find, ref)
         plans = planner.replicas(request, found.info, list(self.devices))
         is_cuda = self.devices[plans[0].devices[0]].is_cuda
         dtype = dtypes.choose(found.info, asked=ref.dtype, configured=self.dtype, is_cuda=is_cuda)
+        too_large = self._too_large(found, dtype)
+        plans = tuple(planner.with_room(plan, found.info, too_large) for plan in plans)
         falls = planner.fallback(request, self.fallback)
         less = planner.rungs(plans[0], found.info) if falls else ()
         keys = tuple(Key(found.path, found.info.part, dtype, plan) for plan in plans)

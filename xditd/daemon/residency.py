@@ -317,15 +317,16 @@ def worthless(group: Group, now: float) -> float:
 
 def weights(info: ModelInfo, dtype: str, plan: Plan) -> int:
     """Bytes of the weights of one rank that are on its device in a turn: its share, or of layerwise offload two layers
-    of it, and what is in no layer. Of a sharded plan, two layers are gathered at one time."""
-    if plan.offload != "layerwise" and not plan.shard:
-        return share(info, dtype, plan)
+    of it, and what is in no layer. Of a sharded plan, two layers are gathered at one time; of weights in fp8, one is cast."""
     found = layers(info)
+    cast = found.largest * ITEMSIZE[dtype] // plan.tensor if plan.weight_dtype else 0
+    if plan.offload != "layerwise" and not plan.shard:
+        return share(info, dtype, plan) + cast
     if plan.shard:
         gathered = LAYERS_AT_ONCE * found.largest * ITEMSIZE[dtype]
         return min(share(info, dtype, plan) + gathered, info.parameters * ITEMSIZE[dtype])
-    coming = LAYERS_AT_ONCE * found.largest // plan.tensor
-    return min((found.rest + coming) * ITEMSIZE[dtype], share(info, dtype, plan))
+    coming = LAYERS_AT_ONCE * found.largest * _itemsize(dtype, plan) // plan.tensor
+    return min(found.rest * ITEMSIZE[dtype] + coming, share(info, dtype, plan)) + cast
 
 
 def share(info: ModelInfo, dtype: str, plan: Plan) -> int:
@@ -334,9 +335,16 @@ def share(info: ModelInfo, dtype: str, plan: Plan) -> int:
     if plan.shard:  # of what is in no layer, sharding leaves small parts whole
         rest = min(layers(info).rest, info.parameters)
         return (rest + (info.parameters - rest) // (plan.ulysses * plan.ring)) * ITEMSIZE[dtype]
+    rest = min(layers(info).rest, info.parameters) if plan.weight_dtype else 0
+    held = rest * ITEMSIZE[dtype] + (info.parameters - rest) * _itemsize(dtype, plan)
     if plan.pipefusion > 1:
-        return math.ceil(info.parameters * layers(info).of_stage(plan.pipefusion)) * ITEMSIZE[dtype]
-    return info.parameters * ITEMSIZE[dtype] // plan.tensor
+        return math.ceil(held * layers(info).of_stage(plan.pipefusion))
+    return held // plan.tensor
+
+
+def _itemsize(dtype: str, plan: Plan) -> int:
+    """Bytes of one weight of a layer, where it is kept."""
+    return 1 if plan.weight_dtype else ITEMSIZE[dtype]
 
 
 def pool(device: str) -> str:

@@ -20,6 +20,7 @@ from xditd.models.offload import Offload
 from xditd.models.reading import Keeper, Progress, WeightFile, fill
 from xditd.models.splits import Divide
 from xditd.models.stages import Stages
+from xditd.models.storage import Storage
 from xditd.models.tokens import Tokens
 from xditd.models.weights import Weights
 from xditd.protocol.errors import Code, XditError
@@ -36,6 +37,8 @@ class Row:
     staged: bool = False  # whether its stages.py has a `Staged` that takes the network apart into stages
     # names of the lists of layers that can come and go one by one (`models.offload`), in which * stands for anything
     layers: tuple[str, ...] = ()
+    # names of parameters, likewise, that ComfyUI has in float32 whatever its `weight_dtype`
+    exempt: tuple[str, ...] = ()
 
     @property
     def kind(self) -> type[Network]:
@@ -47,7 +50,9 @@ class Row:
 FAMILIES = {
     "flux": Row("transformer", "flux", "Flux", True, ("transformer_blocks", "single_transformer_blocks")),
     "sd3": Row("transformer", "sd3", "SD3", True, ("transformer_blocks",)),
-    "pixart": Row("transformer", "pixart", "PixArt", True, ("transformer_blocks",)),
+    "pixart": Row(
+        "transformer", "pixart", "PixArt", True, ("transformer_blocks",), exempt=("*scale_shift_table",)
+    ),
     "hunyuandit": Row("transformer", "hunyuandit", "HunyuanDiT", True, ("blocks",)),
     "sdxl": Row("transformer", "sdxl", "SDXL", layers=("*.transformer_blocks",)),
     "autoencoder_kl": Row("vae", "vae", "Autoencoder"),
@@ -110,6 +115,7 @@ def load(
     progress: Progress | None = None,
     offload: str = "",
     keeper: Keeper | None = None,
+    weight_dtype: str = "",
 ) -> Any:
     """The network of a model file.
 
@@ -123,6 +129,7 @@ def load(
         progress: told of bytes that are in place.
         offload: "model" or "layerwise": its weights are on the device in turns alone (`weights.offload.turn`); "": always.
         keeper: has what `divide` left of some parameters.
+        weight_dtype: in what its layers' weights are kept (`models.storage`); "": in `dtype`.
 
     Returns:
         A `Transformer`, a `vae.network.Autoencoder` or a `text.TextEncoder`, with its `weights`.
@@ -146,15 +153,23 @@ def load(
             with torch.device("meta"):
                 backbone = kind.empty(found.facts)
             cuts = None if divide is None else divide(backbone, kind.splits)
-            moving = None
+            pieces = {name: Piece(key) for name, key in file.names.items()}
+            pieces = pieces or dict(kind.pieces(found.facts, prefix))
+            storage = moving = None
+            if weight_dtype:
+                storage = Storage(weight_dtype, backbone, row.layers, row.exempt, pieces, file, dtype)
+            dtypes = {} if storage is None else storage.dtypes
             if offload:
-                moving = Offload(backbone, row.layers if offload == "layerwise" else (), file, device, dtype)
-            fill(backbone, kind.pieces(found.facts, prefix), file, device, dtype, cuts, moving or keeper)
+                layers = row.layers if offload == "layerwise" else ()
+                moving = Offload(backbone, layers, file, device, dtype, dtypes)
+            fill(backbone, pieces, file, device, dtype, cuts, moving or keeper, dtypes)
+            if storage is not None:
+                file.placed = storage.adopt(file.placed)
             loaded: Any = kind(backbone, found.facts, device, dtype)
             if row.part == "transformer":
                 loaded.noise = TRANSFORMERS[name].noise(found.facts)
                 loaded.loras = Loras(file, name, found.facts, device, dtype)
-            loaded.weights = Weights(file, device, moving)
+            loaded.weights = Weights(file, device, moving, storage)
             return loaded
     raise XditError(Code.FILE_INVALID, f"{file.header.name} holds no {name}; choose the model's own file.")
 

@@ -1,7 +1,8 @@
 """LoRAs merged into a network's weights, and taken out again to the last bit. Knows no ranks and no runs.
 
 A weight is always made anew from the model's file, which stays mapped: so what was merged before leaves no trace, and a
-change of strength reads the file's pages and no more. The sum is computed in float32 and then cast, as ComfyUI does.
+change of strength reads the file's pages and no more. The sum is computed in float32 and then cast, as ComfyUI does. A weight that is
+kept in 8 bits stays as it is: what LoRAs add to it is added each time that it is cast (`models.storage`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from xditd.catalog.lora_fit import Change, fit
 from xditd.models.reading import Uploader, WeightFile
+from xditd.models.splits import Cut
 from xditd.protocol.orders import Merge
 
 Changes = list[tuple[Change, WeightFile, float]]
@@ -82,14 +84,14 @@ class Loras:
     def _make(self, name: str, changes: Changes, upload: Uploader | None) -> None:
         """A parameter from the model's file, with these changes."""
         placed = self._file.placed[name]
+        if placed.kept is not None:
+            placed.kept.added = [Product(*of_one, self._device, placed.cut) for of_one in changes]
+            return
         if changes:
             value = self._file.value(placed.piece, torch.float32, upload, placed.cut)
             # Not in place: it may be the file's own pages.
-            for change, file, strength in changes:
-                added = product(change, file, strength, self._device)
-                if placed.cut is not None:
-                    added = placed.cut(added)
-                value = value + added.reshape(value.shape)
+            for of_one in changes:
+                value = value + Product(*of_one, self._device, placed.cut)().reshape(value.shape)
             value = value.to(self._dtype)
         else:
             value = self._file.value(placed.piece, self._dtype, upload, placed.cut)
@@ -101,14 +103,31 @@ class Loras:
             placed.parameter.data = value
 
 
-def product(change: Change, file: WeightFile, strength: float, device: torch.device) -> torch.Tensor:
-    """What is added to a parameter, float32 [rows, columns]: strength · alpha / rank · up · down, or its rows of that."""
-    pair, target = change.pair, change.target
-    up = file.tensor(pair.up).to(device, torch.float32).flatten(1)
-    down = file.tensor(pair.down).to(device, torch.float32).flatten(1)
-    if target.rows is not None:
-        up = up[target.rows[0] : target.rows[1]]
-    if target.swapped:
-        up = torch.cat(up.chunk(2)[::-1])
-    alpha = float(file.tensor(pair.alpha)) if pair.alpha else float(pair.rank)
-    return (up @ down) * (strength * (alpha / pair.rank))
+class Product:
+    """What is added to a parameter, float32 [rows, columns]: strength · alpha / rank · up · down, or its rows of that.
+
+    Args:
+        change: which pair of matrices, and of which rows.
+        file: of the LoRA. Its matrices are copied to the device.
+        strength: that it is merged with.
+        device: where it is computed.
+        cut: takes this rank's part of it.
+    """
+
+    def __init__(
+        self, change: Change, file: WeightFile, strength: float, device: torch.device, cut: Cut | None
+    ) -> None:
+        pair, self._target = change.pair, change.target
+        self._up, self._down = (file.tensor(key).to(device).flatten(1) for key in (pair.up, pair.down))
+        alpha = float(file.tensor(pair.alpha)) if pair.alpha else float(pair.rank)
+        self._factor = strength * (alpha / pair.rank)
+        self._cut = cut
+
+    def __call__(self) -> torch.Tensor:
+        up, rows = self._up.to(torch.float32), self._target.rows
+        if rows is not None:
+            up = up[rows[0] : rows[1]]
+        if self._target.swapped:
+            up = torch.cat(up.chunk(2)[::-1])
+        added = (up @ self._down.to(torch.float32)) * self._factor
+        return added if self._cut is None else self._cut(added)

@@ -17,7 +17,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import nn
 
 from xditd.models.pinning import ALIGNMENT, Pinned
 from xditd.models.reading import Placed, WeightFile
+from xditd.models.splits import in_layers
 from xditd.protocol.plans import LAYERS_AT_ONCE
 
 
@@ -33,7 +33,7 @@ class Home:
     """Where one parameter waits.
 
     Attributes:
-        begin, shape: its place in its part.
+        begin, shape, dtype: its place in its part.
         host: on a GPU its bytes in the host's memory, as its dtype and shape have them.
         own: on a CPU its value where that is not the file's, because LoRAs are merged into it.
         placed: the parameter, and where in the file it is from.
@@ -42,6 +42,7 @@ class Home:
     part: Part
     begin: int
     shape: tuple[int, ...]
+    dtype: torch.dtype
     host: torch.Tensor | None = None
     own: torch.Tensor | None = None
     placed: Placed | None = None
@@ -79,7 +80,8 @@ class Offload:
         layers: names of lists of its layers, in which * stands for anything; none makes one part of all weights.
         file: that it is read from.
         device: to which they come.
-        dtype: of its arithmetic.
+        dtype: of its arithmetic; in it weights come and wait.
+        dtypes: by the name of a parameter, in what it does so if not in that.
     """
 
     uploads = False
@@ -91,22 +93,20 @@ class Offload:
         file: WeightFile,
         device: torch.device,
         dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self._file = file
         self._device = device
         self._dtype = dtype
-        self._layers = [
-            layer
-            for name, modules in network.named_modules()
-            if isinstance(modules, nn.ModuleList) and any(fnmatchcase(name, known) for known in layers)
-            for layer in modules
-            if next(layer.parameters(), None) is not None  # of a stage: another has it
-        ]
+        self._dtypes = dtypes or {}
+        self._layers = list(in_layers(network, layers))
         owned = self._layers if layers else [network]
         names = {parameter: name for name, parameter in network.named_parameters()}
         self._parts = [self._part(module, names) for module in owned]
         self._by_name = {name: home for part in self._parts for name, home in part.homes.items()}
-        self._away = torch.full((), math.nan, dtype=dtype, device=device)
+        self._away = {
+            kept: torch.tensor(math.nan, device=device).to(kept) for kept in {dtype, *self._dtypes.values()}
+        }
         self._buffers: list[torch.Tensor] = []
         self._loaded: dict[int, int] = {}  # by buffer: which part is in it, or on its way there
         self._after: dict[int, int] = {}  # by part: which one ran next, the last time
@@ -122,8 +122,9 @@ class Offload:
     def _part(self, module: nn.Module, names: Mapping[nn.Parameter, str]) -> Part:
         part = Part()
         for parameter in module.parameters():
-            part.homes[names[parameter]] = Home(part, part.nbytes, tuple(parameter.shape))
-            nbytes = parameter.numel() * self._dtype.itemsize
+            dtype = self._dtypes.get(names[parameter], self._dtype)
+            part.homes[names[parameter]] = Home(part, part.nbytes, tuple(parameter.shape), dtype)
+            nbytes = parameter.numel() * dtype.itemsize
             part.nbytes += -(-nbytes // ALIGNMENT) * ALIGNMENT
         if self._device.type == "cuda":
             part.pinned = Pinned(part.nbytes, self._device)
@@ -142,7 +143,7 @@ class Offload:
         """Keeps a parameter's value of the file. Returns what stands for it in the network."""
         home = self._by_name[name]
         home.put(value, own=False)
-        return self._away.expand(home.shape)
+        return self._gone(home)
 
     def adopt(self, placed: Mapping[str, Placed]) -> dict[str, Placed]:
         """Takes charge of the parameters that a file has filled. Returns them with where they wait."""
@@ -277,16 +278,19 @@ class Offload:
         part.here = False
         for home in part.homes.values():
             assert home.placed is not None
-            home.placed.parameter.data = self._away.expand(home.shape)
+            home.placed.parameter.data = self._gone(home)
+
+    def _gone(self, home: Home) -> torch.Tensor:
+        return self._away[home.dtype].expand(home.shape)
 
     def _view(self, memory: torch.Tensor, home: Home) -> torch.Tensor:
         count = math.prod(home.shape)
-        end = home.begin + count * self._dtype.itemsize
-        return memory[home.begin : end].view(self._dtype).view(home.shape)
+        end = home.begin + count * home.dtype.itemsize
+        return memory[home.begin : end].view(home.dtype).view(home.shape)
 
     def _value(self, home: Home) -> torch.Tensor:
         """On a CPU."""
         if home.own is not None:
             return home.own
         assert home.placed is not None
-        return self._file.value(home.placed.piece, self._dtype, cut=home.placed.cut)
+        return self._file.value(home.placed.piece, home.dtype, cut=home.placed.cut)

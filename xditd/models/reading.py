@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,6 +60,16 @@ class Home(Protocol):
         """Has it be another value from now on; `own` is one that is not the file's."""
 
 
+class Kept(Protocol):
+    """A parameter that is kept in another dtype than it is computed with.
+
+    Attributes:
+        added: what comes on top of its value each time that it is cast, float32; in this order.
+    """
+
+    added: Sequence[Callable[[], torch.Tensor]]
+
+
 class Keeper(Protocol):
     """Who keeps parameters otherwise than as plain tensors on the device.
 
@@ -89,12 +99,14 @@ class Placed:
         piece: where it came from.
         cut: takes this rank's part of it; None: it has all.
         home: where a value for it goes, if not simply there.
+        kept: how it is kept, if not in the dtype of the arithmetic.
     """
 
     parameter: torch.Tensor
     piece: Piece
     cut: Cut | None
     home: Home | None = None
+    kept: Kept | None = None
 
     @property
     def away(self) -> bool:
@@ -114,6 +126,8 @@ class WeightFile:
         header: of it.
         names: of one in diffusers' layout: by parameter of the network, its key; {} has the makers'.
         placed: the parameters that it has filled, by the network's name for them.
+        through: what every value that has no scale is rounded to before it becomes anything else; None: to nothing.
+        exempt: keys of those that are not.
 
     Raises:
         XditError: as `catalog.weights.read_weights` does.
@@ -129,6 +143,8 @@ class WeightFile:
         self.header: Header = read_weights(path)
         self.names: Mapping[str, str] = {}
         self.placed: dict[str, Placed] = {}
+        self.through: torch.dtype | None = None
+        self.exempt: Collection[str] = ()
         files = [os.path.join(path, name) for name in self.header.files] or [os.fspath(path)]
         self._mapped = [_map(file) for file in files]
 
@@ -180,7 +196,7 @@ class WeightFile:
 
         Args:
             piece: where it comes from.
-            dtype: what it becomes.
+            dtype: what it becomes; the file's own leaves a scale out.
             upload: takes it to another device, before it is converted.
             cut: takes this rank's part of it.
         """
@@ -202,8 +218,15 @@ class WeightFile:
         if upload is not None:
             value = upload(value.contiguous())
         if entry.scale is not None:
-            value = value.to(torch.float32) * float(self._view(entry.scale))
+            return value if value.dtype == dtype else (value.to(torch.float32) * self.scale(piece)).to(dtype)
+        if self.through is not None and piece.key not in self.exempt:
+            value = value.to(self.through)
         return value.to(dtype)
+
+    def scale(self, piece: Piece) -> float:
+        """What a parameter's values in the file's own dtype are to be multiplied with."""
+        scale = self.header.tensors[piece.key].scale
+        return 1.0 if scale is None else float(self._view(scale))
 
 
 class _Telling:
@@ -236,6 +259,7 @@ def fill(
     dtype: torch.dtype,
     cuts: Mapping[str, Cut] | None = None,
     keeper: Keeper | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Gives every parameter and buffer of a network its value.
 
@@ -247,22 +271,23 @@ def fill(
         dtype: what they become.
         cuts: by the name of a parameter, what of it the network holds; of the rest it holds all. Only that is read.
         keeper: has what of them comes and goes.
+        dtypes: by the name of a parameter, what it becomes if not `dtype`.
 
     Raises:
         XditError: `file_invalid` naming the first keys that are missing or of another shape than the network's.
     """
     expected = {name: tuple(local(value).shape) for name, value in network.state_dict().items()}
-    cuts = cuts or {}
-    if file.names:
-        pieces = {name: Piece(key) for name, key in file.names.items()}
+    cuts, dtypes = cuts or {}, dtypes or {}
     _check(expected, pieces, cuts, file.header)
     place = Uploader(device) if device.type == "cuda" else None
-    told = _Telling(file.progress, sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize)
+    into = {name: dtypes.get(name, dtype) for name in expected}
+    total = sum(math.prod(shape) * into[name].itemsize for name, shape in expected.items())
+    told = _Telling(file.progress, total)
     state = {}
     for name in expected:
         kept = keeper if keeper is not None and name in keeper.names else None
         upload = place if kept is None or kept.uploads else None
-        value = file.value(pieces[name], dtype, upload, cuts.get(name))
+        value = file.value(pieces[name], into[name], upload, cuts.get(name))
         state[name] = value if kept is None else kept.take(name, value)
         told.add(value.nbytes)
     network.load_state_dict(state, assign=True, strict=True)

@@ -7,7 +7,7 @@ the ranks' results are summed. A layer whose whole output every rank needs is di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -99,3 +99,10 @@ class Cut:
 
 Divide = Callable[[nn.Module, Splits], Mapping[str, Cut]]
 """Divides a network on torch's meta device, in place. Returns by parameter what is held of it; the rest is held whole."""
+
+
+def in_layers(network: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """The layers of a network that have parameters, in the lists of these names, in which * stands for anything."""
+    for name, modules in network.named_modules():
+        if isinstance(modules, nn.ModuleList) and any(fnmatchcase(name, known) for known in names):
+            yield from (layer for layer in modules if next(layer.parameters(), None) is not None)

@@ -20,6 +20,7 @@ from torch import nn
 from xditd.models.offload import Offload
 from xditd.models.pinning import ALIGNMENT, Pinned
 from xditd.models.reading import Placed, WeightFile, held
+from xditd.models.storage import Storage
 
 
 class Place(Protocol):
@@ -36,18 +37,27 @@ class Weights:
     Attributes:
         asleep: they are given up; nothing may be computed until they are back.
         offload: what of them comes and goes; None: nothing does.
+        storage: what of them is cast as it runs; None: nothing is.
     """
 
-    def __init__(self, file: WeightFile, device: torch.device, offload: Offload | None = None) -> None:
+    def __init__(
+        self,
+        file: WeightFile,
+        device: torch.device,
+        offload: Offload | None = None,
+        storage: Storage | None = None,
+    ) -> None:
         self.asleep = False
         self.offload = offload
+        self.storage = storage
         self._place: Place = _OnGpu(file, device) if device.type == "cuda" else _OnCpu(file)
 
     def counted(self, network: nn.Module) -> tuple[int, int]:
         """Bytes of a network's parameters and buffers that are on the device in a turn, and that wait in the host's memory."""
+        cast = 0 if self.storage is None else self.storage.coming
         if self.offload is None:
-            return held(network), 0
-        return held(network) + self.offload.coming, self.offload.waiting
+            return held(network) + cast, 0
+        return held(network) + cast + self.offload.coming, self.offload.waiting
 
     def sleep(self) -> None:
         """Gives their memory back. Nothing may be under way on the device."""

@@ -73,12 +73,21 @@ class PlanRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     shard: bool = (
         False  # ranks of ulysses and ring hold a share of the weights each, and gather a layer before it runs
     )
+    # in what a transformer keeps its weights, to be cast to the compute dtype as each layer runs: "" the compute dtype itself,
+    # "file" the fp8 of its file, "float8_e4m3fn" or "float8_e5m2" rounds all to that
+    weight_dtype: Name = ""
     # of a plan that cannot be had: "auto" does it with fewer devices, "never" fails; "" is the daemon's own
     fallback: Name = ""
 
 
 OFFLOADS = ("", "model", "layerwise")
 """What a plan's `offload` may be, and each takes less of the devices' memory than the one before."""
+
+FP8 = ("float8_e4m3fn", "float8_e5m2")
+"""The 8-bit floats that weights may be kept in, by torch's names."""
+
+WEIGHT_DTYPES = ("", "file", *FP8)
+"""What a plan's `weight_dtype` may be."""
 
 LAYERS_AT_ONCE = 2
 """Layers that layerwise offload has on a device at one time, the one that runs and the next; and as many FSDP has gathered."""
@@ -99,6 +108,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     patch: int = 1  # of a VAE: ranks that share each picture
     offload: str = ""  # "model" or "layerwise": as the request has it
     shard: bool = False  # as the request has it
+    weight_dtype: str = ""  # as the request has it
     reason: str = ""  # one sentence: why the planner chose this
 
 

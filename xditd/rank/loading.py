@@ -79,10 +79,10 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     device, plan = Device(spec.device), spec.plan
     sequence = plan.ulysses * plan.ring
     kernel = attention.choose(device.torch, DTYPES[spec.dtype], spec.attention, in_world=sequence > 1)
-    eager = sequence * plan.tensor * plan.pipefusion > 1 or plan.offload
+    eager = sequence * plan.tensor * plan.pipefusion > 1 or plan.offload or plan.weight_dtype
     if spec.compile and eager:
         print(
-            "Compiling is for ranks that compute on their own, with weights that stay; these run eagerly.",
+            "Compiling is for ranks that compute on their own, with weights that stay as they are; these run eagerly.",
             file=sys.stderr,
         )
     if plan.pipefusion > 1:
@@ -213,6 +213,7 @@ def _read(
         partial(tell, "loading"),
         spec.plan.offload,
         keeper,
+        spec.plan.weight_dtype,
     )
 
 
@@ -228,6 +229,10 @@ def _check(spec: RankSpec) -> None:
     if plan.shard and (plan.offload or plan.tensor * plan.pipefusion > 1):
         raise XditError(
             Code.BAD_PLAN, f"{spelt} with shard has its weights in two ways; leave one of them out."
+        )
+    if plan.shard and plan.weight_dtype:
+        raise XditError(
+            Code.NOT_BUILT, f"{spelt} with shard and weights in {plan.weight_dtype} is not built; either is."
         )
 
 

@@ -22,7 +22,7 @@ def enter() -> None:
 
 
 def flux(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
-    """ComfyUI's Flux module, built from the shapes of the file and given its weights."""
+    """ComfyUI's Flux module, built from the shapes of the file and given its weights; in fp8 it casts each layer."""
     import comfy.ldm.flux.model
     import comfy.ops
     from safetensors.torch import load_file
@@ -48,7 +48,7 @@ def flux(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> An
         guidance_embed=any(key.startswith("guidance_in") for key in weights),
         dtype=dtype,
         device="cpu",
-        operations=comfy.ops.disable_weight_init,
+        operations=comfy.ops.disable_weight_init if dtype.itemsize > 1 else comfy.ops.manual_cast,
         **newer,
     )
     ours = module.state_dict()
@@ -71,7 +71,7 @@ def model(path: str | os.PathLike[str], leaf: Any = None) -> Any:
         "disable_unet_model_creation": True,
     }
     config = comfy.supported_models.Flux(settings)
-    config.set_inference_dtype(torch.float32, None)
+    _compute_in_float32(config, leaf.dtype)
     base = config.get_model({}, "")
     base.diffusion_model = leaf
     base.memory_required = lambda *args, **kwargs: 0  # as many entries in one call as ComfyUI ever takes
@@ -79,13 +79,18 @@ def model(path: str | os.PathLike[str], leaf: Any = None) -> Any:
     return comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
 
 
-def whole(path: str | os.PathLike[str]) -> Any:
-    """A MODEL as ComfyUI's loader makes it of a file, in float32, by its own detection."""
+def _compute_in_float32(config: Any, dtype: torch.dtype) -> None:
+    """Has a model keep its weights in a dtype, as a loader's weight_dtype does."""
+    config.set_inference_dtype(dtype, torch.float32 if dtype.itemsize == 1 else None)
+
+
+def whole(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
+    """A MODEL as ComfyUI's loader makes it of a file, in float32, by its own detection. `dtype`: of its weights."""
     import comfy.model_detection
     from safetensors.torch import load_file
 
     weights = load_file(path)
-    return _made(comfy.model_detection.model_config_from_unet(weights, ""), weights)
+    return _made(comfy.model_detection.model_config_from_unet(weights, ""), weights, dtype)
 
 
 def below(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -93,7 +98,7 @@ def below(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
 
 
-def sdxl(path: str | os.PathLike[str], prefix: str = "") -> Any:
+def sdxl(path: str | os.PathLike[str], prefix: str = "", dtype: torch.dtype = torch.float32) -> Any:
     """The same of an SDXL below a prefix, of any width: ComfyUI detects only the real one's."""
     import comfy.model_detection
     import comfy.supported_models
@@ -101,10 +106,11 @@ def sdxl(path: str | os.PathLike[str], prefix: str = "") -> Any:
 
     weights = below(load_file(path), prefix)
     config = comfy.model_detection.detect_unet_config(weights, "")
-    return _made(comfy.supported_models.SDXL({**config, "num_heads": -1, "num_head_channels": 64}), weights)
+    config |= {"num_heads": -1, "num_head_channels": 64}
+    return _made(comfy.supported_models.SDXL(config), weights, dtype)
 
 
-def hunyuandit(path: str | os.PathLike[str], prefix: str = "") -> Any:
+def hunyuandit(path: str | os.PathLike[str], prefix: str = "", dtype: torch.dtype = torch.float32) -> Any:
     """The same of a HunyuanDiT below a prefix, of any width: ComfyUI knows a 1.1, and what texts have, by the real ones'."""
     import comfy.model_detection
     import comfy.supported_models
@@ -115,15 +121,15 @@ def hunyuandit(path: str | os.PathLike[str], prefix: str = "") -> Any:
     config["text_states_dim"], _ = weights["mlp_t5.2.weight"].shape
     _, config["text_states_dim_t5"] = weights["mlp_t5.0.weight"].shape
     if "style_embedder.weight" not in weights:
-        return _made(comfy.supported_models.HunyuanDiT(config), weights)
+        return _made(comfy.supported_models.HunyuanDiT(config), weights, dtype)
     config |= {"image_model": "hydit1", "size_cond": True, "use_style_cond": True}
-    return _made(comfy.supported_models.HunyuanDiT1(config), weights)
+    return _made(comfy.supported_models.HunyuanDiT1(config), weights, dtype)
 
 
-def _made(config: Any, weights: dict[str, torch.Tensor]) -> Any:
+def _made(config: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
     import comfy.model_patcher
 
-    config.set_inference_dtype(torch.float32, None)
+    _compute_in_float32(config, dtype)
     base = config.get_model(weights, "")
     base.load_model_weights(weights, "")
     base.memory_required = lambda *args, **kwargs: 0
@@ -138,10 +144,10 @@ def module(family: str, path: str | os.PathLike[str]) -> Any:
     return known(family, path).model.diffusion_model
 
 
-def known(family: str, path: str | os.PathLike[str]) -> Any:
+def known(family: str, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
     """A MODEL of a file of a family beside Flux, made by ComfyUI's own detection as far as that goes."""
     ways = {"sdxl": sdxl, "hunyuandit": hunyuandit}
-    return ways.get(family, whole)(path)
+    return ways.get(family, whole)(path, dtype=dtype)
 
 
 def _renamed(key: str) -> str:
