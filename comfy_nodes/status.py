@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from xditd.protocol.figures import DeviceStatus, GroupStatus
 from xditd.protocol.messages import StatusReport
+from xditd.protocol.plans import spell_weights
 
 from . import daemon
 from .loaders import ENDPOINT
@@ -62,7 +63,8 @@ def _device(device: DeviceStatus) -> str:
 
 def _group(group: GroupStatus) -> str:
     mark = {"ready": "✅", "failed": "❌"}.get(group.state, "⏳")
-    how = f"{group.model.name} on {', '.join(group.plan.devices)} in {group.dtype}"
+    kept = f", weights in {spell_weights(group.plan)}" if group.plan.weight_dtype else ""
+    how = f"{group.model.name} on {', '.join(group.plan.devices)} in {group.dtype}{kept}"
     return f"{mark} {group.group}: {group.state}, {how}{', ' + group.problem if group.problem else ''}"
 
 

@@ -42,9 +42,25 @@ def test_a_plan_is_written_as_its_degrees_or_its_strategy():
     shared, offloaded = (comparison.parsed(t, ("0", "1")) for t in ("ulysses=2,shard", "offload=layerwise"))
     assert (shared.ulysses, shared.shard, comparison.spelled(shared)) == (2, True, "ulysses 2, sharded")
     assert (offloaded.devices, comparison.spelled(offloaded)) == (("0",), "one device, layerwise offload")
+    rounded = comparison.parsed("ring=2,weight_dtype=float8_e5m2", ("0", "1"))
+    assert (rounded.ring, comparison.spelled(rounded)) == (2, "ring 2, weights in float8_e5m2")
     for text, words in (("ulises=2", "no degree"), ("ring=x", "no degree"), ("ring=4", "needs 4 devices")):
         with pytest.raises(XditError, match=words):
             comparison.parsed(text, ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "exact"),
+    [
+        ({"ulysses": 2}, True),
+        ({"weight_dtype": "file"}, True),
+        ({"weight_dtype": "float8_e4m3fn"}, False),
+        ({"pipefusion": 2}, False),
+    ],
+    ids=str,
+)
+def test_overlapping_steps_and_rounded_weights_are_not_exact(plan, exact):
+    assert comparison.is_exact(Plan(devices=("0", "1"), **plan), warmup=1, steps=6) == exact
 
 
 def test_devices_are_named_one_by_one_or_as_a_span():

@@ -6,6 +6,7 @@ Skipped without a GPU. NCCL between ranks needs one GPU for each, and is tried w
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -340,3 +341,60 @@ def test_offloaded_weights_come_to_the_gpu_and_not_one_bit_differs(
     assert resting < 0.15 * weights
     if mode == "layerwise":
         assert peak < 0.6 * weights
+
+
+@pytest.mark.parametrize("offload", ["", "model", "layerwise"])
+def test_weights_in_fp8_give_what_rounded_ones_give_from_half_the_memory(
+    tmp_path: Path, offload: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three calls; with a LoRA; without it again; and after a sleep."""
+    from contextlib import nullcontext
+
+    from safetensors.torch import load_file, save_file
+
+    from xditd.models.families import load
+    from xditd.models.making_loras import make_lora
+    from xditd.protocol.orders import Merge
+
+    shape = {**SHAPE, "heads": 16, "double_blocks": 4, "single_blocks": 8}
+    device = torch.device("cuda:0")
+    path = make_flux(tmp_path / "flux.safetensors", **shape)
+    rounded = tmp_path / "rounded.safetensors"
+    save_file(
+        {key: value.to(torch.float8_e4m3fn).bfloat16() for key, value in load_file(path).items()}, rounded
+    )
+    lora = make_lora(tmp_path / "l.safetensors", "flux", flux_facts(**shape))
+    given = {name: value.to(device) for name, value in conditioning(77).items()}
+    x = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def predict(network: Any) -> torch.Tensor:
+        turn = nullcontext() if network.weights.offload is None else network.weights.offload.turn()
+        with torch.no_grad(), turn:
+            moved = network.condition(given, {"guidance": 3.5})
+            return network.predict(x, torch.tensor([0.7], device=device), moved).cpu()
+
+    merges = ((), (Merge(path=str(lora), strength=0.8),), ())
+    whole = load("flux", rounded, "transformer", device, torch.bfloat16)
+    expected = []
+    for merged in merges:
+        whole.loras.hold(merged)
+        expected.append(predict(whole))
+    del whole
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    network = load(
+        "flux", path, "transformer", device, torch.bfloat16, offload=offload, weight_dtype="float8_e4m3fn"
+    )
+    resting = torch.cuda.memory_allocated() - before
+    for merged, result in zip(merges, expected, strict=True):
+        network.loras.hold(merged)
+        assert torch.equal(predict(network), result)
+    network.weights.sleep()
+    asleep = torch.cuda.memory_allocated() - before
+    network.weights.wake()
+    assert torch.equal(predict(network), expected[0])
+    weights = path.stat().st_size
+    with capsys.disabled():
+        print(f"\n  {offload or 'on the GPU'}: {weights >> 20} MiB in bfloat16, {resting >> 20} in fp8, {asleep >> 20} asleep")  # fmt: skip
+    assert resting < (0.15 if offload else 0.6) * weights
+    assert asleep < 0.05 * weights

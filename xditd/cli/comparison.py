@@ -20,7 +20,7 @@ from msgspec import structs
 from xditd.cli import words
 from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import Plan, PlanRequest
-from xditd.protocol.plans import DEGREES, spread_devices
+from xditd.protocol.plans import DEGREES, FP8, spread_devices
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,10 @@ REFUSALS = frozenset({Code.BAD_PLAN.value, Code.NOT_BUILT.value})
 """Codes of a plan that the model cannot have, which says nothing against any other."""
 
 
+KEPT = ("offload", "weight_dtype")
+"""What a plan says by a word beside its degrees."""
+
+
 def bound(dtype: str, shaken: float) -> float:
     """The largest difference that an exact plan may have.
 
@@ -116,8 +120,8 @@ def candidates(devices: tuple[str, ...]) -> list[PlanRequest]:
 
 
 def parsed(text: str, devices: tuple[str, ...]) -> PlanRequest:
-    """ "ulysses=2,ring=2", also with "shard" or "offload=layerwise", or a strategy's name, over the first of these devices
-    that it needs.
+    """ "ulysses=2,ring=2", also with "shard", "offload=layerwise" or "weight_dtype=file", or a strategy's name, over the first
+    of these devices that it needs.
 
     Raises:
         XditError: `bad_plan`.
@@ -125,25 +129,27 @@ def parsed(text: str, devices: tuple[str, ...]) -> PlanRequest:
     if "=" not in text:
         return PlanRequest(strategy=text, devices=devices, fallback="never")
     degrees: dict[str, int] = {}
-    offload, shard = "", False
+    kept: dict[str, str] = {}
+    shard = False
     for part in map(str.strip, text.split(",")):
         name, _, value = part.partition("=")
         if part == "shard":
             shard = True
-        elif name == "offload":
-            offload = value
+        elif name in KEPT:
+            kept[name] = value
         elif name in DEGREES and value.isdecimal() and int(value) > 0:
             degrees[name] = int(value)
         else:
             raise XditError(
                 Code.BAD_PLAN,
-                f"{part!r} is no degree: write {', '.join(DEGREES)} with a number, as in ulysses=2, or shard, or offload=layerwise.",
+                f"{part!r} is no degree: write {', '.join(DEGREES)} with a number, as in ulysses=2, or shard, "
+                "or offload=layerwise, or weight_dtype=file.",
             )
     needed = math.prod(degrees.values())
     if needed > len(devices):
         raise XditError(Code.BAD_PLAN, f"{text} needs {needed} devices, and there are {len(devices)}.")
-    request = PlanRequest(devices=devices[:needed], offload=offload, shard=shard, fallback="never")
-    return structs.replace(request, **degrees)
+    request = PlanRequest(devices=devices[:needed], shard=shard, fallback="never")
+    return structs.replace(request, **kept, **degrees)
 
 
 def spelled(request: PlanRequest) -> str:
@@ -156,8 +162,8 @@ def one_device(devices: tuple[str, ...]) -> PlanRequest:
 
 
 def is_exact(plan: Plan, warmup: int, steps: int) -> bool:
-    """PipeFusion is exact only where every step is warm-up."""
-    return plan.pipefusion == 1 or warmup >= steps
+    """PipeFusion is exact only where every step is warm-up; rounded weights never are."""
+    return plan.weight_dtype not in FP8 and (plan.pipefusion == 1 or warmup >= steps)
 
 
 def differences(latent: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xditd.protocol.messages import ModelRef, Plan, PlanRequest
-from xditd.protocol.plans import LoraMatch, degrees_of, spell_degrees
+from xditd.protocol.plans import LoraMatch, degrees_of, spell_degrees, spell_weights
 
 OK = "✅"
 WARNING = "⚠️ "
@@ -80,11 +80,7 @@ def moved(plan: Plan | PlanRequest) -> str:
     """ ", sharded", ", layerwise offload", ", weights in float8_e5m2": where the weights are, if not all of them on every device,
     and in what, if not in what they are computed in; else ""."""
     offload = f", {plan.offload} offload" if plan.offload else ""
-    kept = (
-        f", weights in {'fp8' if plan.weight_dtype == 'file' else plan.weight_dtype}"
-        if plan.weight_dtype
-        else ""
-    )
+    kept = f", weights in {spell_weights(plan)}" if plan.weight_dtype else ""
     return offload + (", sharded" if plan.shard else "") + kept
 
 

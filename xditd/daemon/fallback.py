@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from msgspec import structs
 
 from xditd.protocol.errors import Code
-from xditd.protocol.plans import Plan, degrees_of, spell_degrees
+from xditd.protocol.plans import Plan, degrees_of, spell_degrees, spell_weights
 
 LEADS_DOWN = frozenset(
     {
@@ -125,10 +125,8 @@ def spell(plan: Plan) -> str:
     degrees = spell_degrees(degrees_of(plan)) or "The plan"
     offload = f" with {plan.offload} offload" if plan.offload else ""
     sharded = " with sharded weights" if plan.shard else ""
-    kept = "the file's fp8" if plan.weight_dtype == "file" else plan.weight_dtype
-    return f"{degrees} on {', '.join(plan.devices)}{offload}{sharded}" + (
-        f" with weights in {kept}" if kept else ""
-    )
+    kept = f" with weights in {spell_weights(plan)}" if plan.weight_dtype else ""
+    return f"{degrees} on {', '.join(plan.devices)}{offload}{sharded}{kept}"
 
 
 class Lately:

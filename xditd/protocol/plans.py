@@ -122,6 +122,11 @@ def spell_degrees(degrees: Mapping[str, int]) -> str:
     return " × ".join(f"{name} {degree}" for name, degree in degrees.items())
 
 
+def spell_weights(plan: Plan | PlanRequest) -> str:
+    """ "float8_e5m2", "the file's fp8": in what weights are kept; "" where that is what they are computed in."""
+    return "the file's fp8" if plan.weight_dtype == "file" else plan.weight_dtype
+
+
 def shape(plan: Plan) -> Plan:
     """The plan without its devices and the reason for it: two of one shape do the same, wherever."""
     return structs.replace(plan, devices=(), reason="")

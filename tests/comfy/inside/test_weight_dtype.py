@@ -11,7 +11,7 @@ import nodes
 import pytest
 import torch
 
-from comfy_nodes import loaders
+from comfy_nodes import loaders, status
 from comfy_nodes.dispatcher import WEIGHT_DTYPES
 from tests.comfy.inside import own
 from tests.comfy.inside.conftest import FLUX, XFUSER_RANKS, Serve
@@ -90,8 +90,11 @@ def test_flux_goes_through_a_ksampler_to_comfyuis_latent(
         return made
 
     path = folder / "flux.safetensors"
+    model = ours(service, "flux", "fp8_e4m3fn")
+    with service.client() as client:
+        assert " in float32, weights in float8_e4m3fn" in status.describe(client.status())
     expected = latent(theirs(path, torch.float8_e4m3fn))
-    error = far(latent(ours(service, "flux", "fp8_e4m3fn")), expected)
+    error = far(latent(model), expected)
     rounding = far(latent(theirs(path, torch.float32)), expected)
     with capsys.disabled():
         print(f"\n  flux, four steps: {error:.1e} off ComfyUI's, which is {rounding:.1e} off the weights of the file", end="")  # fmt: skip
