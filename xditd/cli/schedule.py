@@ -6,7 +6,8 @@ Flux and SD3 are rectified flows: sigma goes from 1 (noise) to 0 (picture), and 
 
 which is `time_shift` of black-forest-labs/flux (src/flux/sampling.py) with its exponent of 1. FLUX.1-dev takes
 mu = 1.15 at 1024×1024 and, as ComfyUI has it, at any size; FLUX.1-schnell takes none (mu = 0 changes nothing).
-Evenly spaced and shifted, they are what ComfyUI's scheduler "simple" gives.
+Evenly spaced and shifted, they are what ComfyUI's scheduler "simple" gives, where the steps divide its table of 10,000
+sigmas for Flux and 1,000 for SD3; else "simple" takes the entry of the table above, less than one of it away.
 
 SDXL, PixArt and HunyuanDiT are trained on discrete steps, whose sigmas the daemon's word on their noise gives
 (`xditd.protocol.noise`). Of these, too, "simple" takes evenly, from the last.
