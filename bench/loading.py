@@ -3,8 +3,8 @@
     python -m bench.loading              # a file of FLUX.1-dev's size (24 GB of disk), warm in the page cache, onto cuda:0
     python -m bench.loading --small      # tries the script on a CPU; its figures mean nothing
 
-In every round, in turn: the plain copy, through two pinned buffers as large as those of the loader; and the loader as a rank
-calls it: header, network on the meta device, every parameter in its place. The ratio is of the two in the same round.
+In every round, in turn: the plain copy, out of the mapped file through two pinned buffers; and the loader as a rank calls it:
+header, network on the meta device, every parameter in its place. The ratio is of the two in the same round.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from bench.spread import ratios, spread
 from xditd.catalog.families import flux
 from xditd.models import families
 from xditd.models.making import flux_facts
-from xditd.models.reading import STAGING
 
 REAL = {"heads": 24, "double_blocks": 19, "single_blocks": 38}
 SMALL = {"heads": 2, "double_blocks": 2, "single_blocks": 2}
+
+BUFFER = 64 << 20
+"""Bytes of one buffer of the plain copy."""
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def make(path: Path, sizes: dict[str, int]) -> Path:
         table[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(table).encode()
     header += b" " * (-len(header) % 8)
-    block = torch.randn(STAGING // 2).bfloat16().view(torch.uint8).numpy().tobytes()
+    block = torch.randn(BUFFER // 2).bfloat16().view(torch.uint8).numpy().tobytes()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for begin in range(0, end, len(block)):
@@ -97,14 +99,14 @@ def copy(path: Path, device: torch.device) -> torch.Tensor:
     target = torch.empty(size, dtype=torch.uint8, device=device)
     if device.type != "cuda":
         return target.copy_(source)
-    buffers = [torch.empty(STAGING, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    buffers = [torch.empty(BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     sent = [torch.cuda.Event(), torch.cuda.Event()]
-    for number, begin in enumerate(range(0, size, STAGING)):
-        chunk = source[begin : begin + STAGING]
+    for number, begin in enumerate(range(0, size, BUFFER)):
+        chunk = source[begin : begin + BUFFER]
         buffer, event = buffers[number % 2][: chunk.numel()], sent[number % 2]
         event.synchronize()
         buffer.copy_(chunk)
-        target[begin : begin + STAGING].copy_(buffer, non_blocking=True)
+        target[begin : begin + BUFFER].copy_(buffer, non_blocking=True)
         event.record()
     return target
 

@@ -123,7 +123,8 @@ def test_the_vae_is_a_model_like_any_other(service, models):
         back = client.encode(AE, image)
     plain = AutoencoderKL(**vae_config(vae_facts(**VAE))).eval()
     from xditd.catalog.layouts.autoencoder_kl import pieces
-    from xditd.models.reading import WeightFile, fill
+    from xditd.models.filling import fill
+    from xditd.models.reading import WeightFile
 
     fill(
         plain,

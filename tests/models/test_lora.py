@@ -195,15 +195,15 @@ def test_after_a_change_that_failed_half_way_the_next_one_is_whole(tmp_path: Pat
     lora = str(make_lora(tmp_path / "l.safetensors", "flux", KINDS["flux"].facts))
     network = load("flux", path, "transformer", CPU, torch.float32)
     before = {name: value.clone() for name, value in state(network).items()}
-    make_one, made = network.loras._make, []
+    merge_one, made = network.loras._merge, []
 
     def fails_at_the_tenth(*arguments: Any) -> None:
         made.append(arguments[0])
         if len(made) == 10:
             raise MemoryError
-        make_one(*arguments)
+        merge_one(*arguments)
 
-    monkeypatch.setattr(network.loras, "_make", fails_at_the_tenth)
+    monkeypatch.setattr(network.loras, "_merge", fails_at_the_tenth)
     with pytest.raises(MemoryError):
         network.loras.hold((Merge(path=lora, strength=1.0),))
     assert any(not torch.equal(value, before[name]) for name, value in state(network).items())

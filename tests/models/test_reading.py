@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from xditd.catalog.families.expected import LOADABLE
 from xditd.models import families
+from xditd.models.filling import fill
 from xditd.models.making import flux_facts, make_checkpoint, make_flux, make_models, make_vae, vae_facts
-from xditd.models.reading import Piece, WeightFile, fill
+from xditd.models.reading import Piece, WeightFile
 from xditd.protocol.errors import Code, XditError
 
 SMALL = {"heads": 2, "head_dim": 32, "context_width": 64, "pooled_width": 32}

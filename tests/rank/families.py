@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from xditd.models.filling import fill
 from xditd.models.making_transformers import (
     hunyuandit_facts,
     make_hunyuandit,
@@ -21,7 +22,7 @@ from xditd.models.making_transformers import (
     sd3_facts,
     sdxl_facts,
 )
-from xditd.models.reading import WeightFile, fill
+from xditd.models.reading import WeightFile
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]

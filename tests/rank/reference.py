@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 from xditd.catalog.layouts.flux import pieces
+from xditd.models.filling import fill
 from xditd.models.flux.config import config
-from xditd.models.reading import WeightFile, fill
+from xditd.models.reading import WeightFile
 
 CPU = torch.device("cpu")
 

@@ -243,15 +243,17 @@ def test_weights_sleep_and_wake_where_the_driver_pins_no_memory(
 
 
 def test_weights_that_come_through_pinned_buffers_are_the_files(tmp_path: Path) -> None:
-    """Larger than a buffer, and of an odd length; told of to the last byte."""
+    """Larger than a slot, and of an odd length, beside one whose dtype is changed on the way; told of to the last byte."""
     from safetensors.torch import save_file
     from torch import nn
 
     from xditd.catalog.layouts.piece import Piece
-    from xditd.models.reading import STAGING, WeightFile, fill
+    from xditd.models.filling import fill
+    from xditd.models.reading import WeightFile
+    from xditd.models.staging import SLOT
 
-    weight = torch.randn(3, STAGING // 4 + 7).bfloat16()
-    save_file({"weight": weight, "bias": torch.randn(3)}, tmp_path / "w.safetensors")
+    weight, bias = torch.randn(3, SLOT * 2 + 7).bfloat16(), torch.randn(3)
+    save_file({"weight": weight, "bias": bias}, tmp_path / "w.safetensors")
     told: list[tuple[int, int]] = []
     file = WeightFile(tmp_path / "w.safetensors", lambda done, total: told.append((done, total)))
     with torch.device("meta"):
@@ -259,6 +261,7 @@ def test_weights_that_come_through_pinned_buffers_are_the_files(tmp_path: Path) 
     pieces = {"weight": Piece("weight"), "bias": Piece("bias")}
     fill(linear, pieces, file, torch.device("cuda:0"), torch.bfloat16)
     assert torch.equal(linear.weight.cpu(), weight)
+    assert torch.equal(linear.bias.cpu(), bias.bfloat16())
     assert told[-1] == ((weight.numel() + 3) * 2,) * 2
 
 

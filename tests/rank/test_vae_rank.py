@@ -11,8 +11,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from tests.rank.ranks import Ranks, framed, running
 from xditd.catalog.layouts.autoencoder_kl import pieces
+from xditd.models.filling import fill
 from xditd.models.making import make_vae, vae_facts
-from xditd.models.reading import WeightFile, fill
+from xditd.models.reading import WeightFile
 from xditd.models.vae.config import config
 from xditd.protocol import orders
 

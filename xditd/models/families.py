@@ -15,9 +15,10 @@ from xditd.catalog.detection import prefixes, role
 from xditd.catalog.families import TRANSFORMERS, family
 from xditd.catalog.layouts import named
 from xditd.catalog.layouts.piece import Piece
+from xditd.models.filling import fill
 from xditd.models.lora import Loras
 from xditd.models.offload import Offload
-from xditd.models.reading import Keeper, Progress, WeightFile, fill
+from xditd.models.reading import Keeper, Progress, WeightFile
 from xditd.models.splits import Divide
 from xditd.models.stages import Stages
 from xditd.models.storage import Storage

@@ -7,13 +7,14 @@ kept in 8 bits stays as it is: what LoRAs add to it is added each time that it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from xditd.catalog.lora_fit import Change, fit
-from xditd.models.reading import Uploader, WeightFile
+from xditd.models.reading import WeightFile
 from xditd.models.splits import Cut
+from xditd.models.uploading import Wanted, has_memory, upload
 from xditd.protocol.orders import Merge
 
 Changes = list[tuple[Change, WeightFile, float]]
@@ -62,11 +63,14 @@ class Loras:
         self._held = None
         stale = self._changed | changes.keys()
         self._changed = set(stale)
-        upload = Uploader(self._device) if self._device.type == "cuda" else None
+        made = []
         for name in stale:
-            self._make(name, changes.get(name, []), upload)
-        if upload is not None:
-            upload.finish()
+            placed, of_one = self._file.placed[name], changes.get(name, [])
+            if placed.kept is not None:
+                placed.kept.added = [Product(*change, self._device, placed.cut) for change in of_one]
+            else:
+                made.append(name)
+        self._make(made, changes)
         self._changed = set(changes)
         self._held = merges
 
@@ -81,23 +85,39 @@ class Loras:
                     changes.setdefault(change.target.parameter, []).append((change, file, merge.strength))
         return changes
 
-    def _make(self, name: str, changes: Changes, upload: Uploader | None) -> None:
-        """A parameter from the model's file, with these changes."""
-        placed = self._file.placed[name]
-        if placed.kept is not None:
-            placed.kept.added = [Product(*of_one, self._device, placed.cut) for of_one in changes]
+    def _make(self, names: Collection[str], changes: Mapping[str, Changes]) -> None:
+        """Parameters from the model's file, with these changes."""
+        file = self._file
+        # With a change as float32, which is rounded once.
+        all_wanted = {
+            name: Wanted(
+                file.placed[name].piece,
+                tuple(file.placed[name].memory.shape),
+                torch.float32 if changes.get(name) else self._dtype,
+                file.placed[name].cut,
+            )
+            for name in names
+        }
+
+        def come(name: str, stored: torch.Tensor) -> None:
+            self._merge(name, file.converted(stored, all_wanted[name].piece, all_wanted[name].dtype), changes)
+
+        if has_memory(self._device):
+            upload(file, all_wanted, self._device, come)
             return
-        if changes:
-            value = self._file.value(placed.piece, torch.float32, upload, placed.cut)
+        for name, wanted in all_wanted.items():
+            come(name, file.stored(wanted.piece, wanted.dtype, wanted.cut))
+
+    def _merge(self, name: str, value: torch.Tensor, changes: Mapping[str, Changes]) -> None:
+        """Adds a parameter's changes to its value of the file, and has it be that."""
+        placed, of_one = self._file.placed[name], changes.get(name, [])
+        for change in of_one:
             # Not in place: it may be the file's own pages.
-            for of_one in changes:
-                value = value + Product(*of_one, self._device, placed.cut)().reshape(value.shape)
-            value = value.to(self._dtype)
-        else:
-            value = self._file.value(placed.piece, self._dtype, upload, placed.cut)
+            value = value + Product(*change, self._device, placed.cut)().reshape(value.shape)
+        value = value.to(self._dtype)
         if placed.home is not None:
-            placed.home.put(value, own=bool(changes))
-        elif upload is not None:  # compiled code and other ranks' kernels know its address
+            placed.home.put(value, own=bool(of_one))
+        elif has_memory(self._device):  # compiled code and other ranks' kernels know its address
             placed.parameter.data.copy_(value)
         else:
             placed.parameter.data = value
