@@ -29,6 +29,7 @@ exactness: $(READY)       ## compares with ComfyUI, COMFYUI="CHECKOUT=PYTHON …
 	$(BIN)/python -m tests.comfy.exactness $(COMFYUI) --write
 	$(BIN)/python -m tests.rank.exactness --write
 	$(BIN)/python -m tests.rank.holding --write
+	$(BIN)/python -m tests.models.rounding --write
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -38,7 +38,7 @@ class Case:
         family: its name.
         make: writes its file.
         conditioning: of a text of so many tokens.
-        reference: plain diffusers with the weights of a file.
+        reference: plain diffusers with the weights of a file, in float32 or another dtype.
         t: a timestep.
         sizes: of latents.
         predicts: "flow", "eps" or "v".
@@ -47,7 +47,7 @@ class Case:
     family: str
     make: Callable[[Path], Path]
     conditioning: Callable[..., Tensors]
-    reference: Callable[[Path], Predict]
+    reference: Callable[..., Predict]
     t: float
     predicts: str = "eps"
     channels: int = 16
@@ -64,11 +64,25 @@ def even(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="circular")
 
 
-def module_of(kind: type[torch.nn.Module], config: Mapping[str, Any], pieces: Any, path: Path) -> Any:
+def module_of(
+    kind: type[torch.nn.Module], config: Mapping[str, Any], pieces: Any, path: Path, dtype: torch.dtype
+) -> Any:
     with torch.device("meta"):
         module = kind(**config)
-    fill(module, pieces, WeightFile(path), CPU, torch.float32)
+    fill(module, pieces, WeightFile(path), CPU, dtype)
     return module
+
+
+def computing(dtype: torch.dtype, predict: Predict) -> Predict:
+    """A prediction of what is rounded to a dtype first; the time is not."""
+
+    def rounded(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        cast = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()
+        }
+        return predict(x.to(dtype), t, cast).float()
+
+    return rounded
 
 
 # ----------------------------------------------------------------------------------------------------------- SD3
@@ -80,13 +94,13 @@ def _sd3(**kind: Any) -> Case:
     def make(path: Path) -> Path:
         return make_sd3(path, facts, dtype=torch.float32)
 
-    def reference(path: Path) -> Predict:
+    def reference(path: Path, dtype: torch.dtype = torch.float32) -> Predict:
         from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
         from xditd.catalog.layouts.sd3 import pieces
         from xditd.models.sd3.config import config
 
-        module = module_of(SD3Transformer2DModel, config(facts), pieces(facts), path)
+        module = module_of(SD3Transformer2DModel, config(facts), pieces(facts), path, dtype)
 
         @torch.no_grad()
         def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -100,7 +114,7 @@ def _sd3(**kind: Any) -> Case:
             )[0]
             return out[:, :, :height, :width]
 
-        return predict
+        return computing(dtype, predict)
 
     def conditioning(text: int, batch: int = 1) -> Tensors:
         return {"context": normal(batch, text, 64, seed=text), "pooled": normal(batch, 32, seed=text + 1)}
@@ -117,13 +131,13 @@ def _pixart(**kind: Any) -> Case:
     def make(path: Path) -> Path:
         return make_pixart(path, facts, dtype=torch.float32)
 
-    def reference(path: Path) -> Predict:
+    def reference(path: Path, dtype: torch.dtype = torch.float32) -> Predict:
         from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
         from xditd.catalog.layouts.pixart import pieces
         from xditd.models.pixart.config import config
 
-        module = module_of(PixArtTransformer2DModel, config(facts), pieces(facts), path)
+        module = module_of(PixArtTransformer2DModel, config(facts), pieces(facts), path, dtype)
 
         @torch.no_grad()
         def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -141,7 +155,7 @@ def _pixart(**kind: Any) -> Case:
             out = module(x, context, timestep=t, added_cond_kwargs=sizes, return_dict=False)[0]
             return out[:, :4]
 
-        return predict
+        return computing(dtype, predict)
 
     def conditioning(text: int, batch: int = 1) -> Tensors:
         return {"context": normal(batch, text, 64, seed=text)}
@@ -165,14 +179,14 @@ def _hunyuandit(**kind: Any) -> Case:
     def make(path: Path) -> Path:
         return make_hunyuandit(path, facts, dtype=torch.float32)
 
-    def reference(path: Path) -> Predict:
+    def reference(path: Path, dtype: torch.dtype = torch.float32) -> Predict:
         from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
         from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiT2DModel
 
         from xditd.catalog.layouts.hunyuandit import pieces
         from xditd.models.hunyuandit.config import config
 
-        module = module_of(HunyuanDiT2DModel, config(facts), pieces(facts), path)
+        module = module_of(HunyuanDiT2DModel, config(facts), pieces(facts), path, dtype)
 
         @torch.no_grad()
         def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -205,7 +219,7 @@ def _hunyuandit(**kind: Any) -> Case:
             )
             out = module(
                 hidden_states=even(x),
-                timestep=t,
+                timestep=t.to(dtype),  # of which it takes the dtype of its arithmetic
                 encoder_hidden_states=clip,
                 text_embedding_mask=kept[:, : clip.shape[1]],
                 encoder_hidden_states_t5=t5,
@@ -219,7 +233,7 @@ def _hunyuandit(**kind: Any) -> Case:
             pooler.forward = stock
             return out[:, :4, :height, :width]
 
-        return predict
+        return computing(dtype, predict)
 
     def conditioning(text: int, batch: int = 1) -> Tensors:
         """The text's tokens of each, and then padding up to the padding's length, where the text is not longer."""
@@ -251,13 +265,13 @@ def _sdxl() -> Case:
     def make(path: Path) -> Path:
         return make_sdxl(path, facts, dtype=torch.float32)
 
-    def reference(path: Path) -> Predict:
+    def reference(path: Path, dtype: torch.dtype = torch.float32) -> Predict:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         from xditd.catalog.layouts.sdxl import pieces
         from xditd.models.sdxl.config import config
 
-        module = module_of(UNet2DConditionModel, config(facts), pieces(facts), path)
+        module = module_of(UNet2DConditionModel, config(facts), pieces(facts), path, dtype)
 
         @torch.no_grad()
         def predict(x: torch.Tensor, t: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -266,7 +280,7 @@ def _sdxl() -> Case:
             )[0]
             return out
 
-        return predict
+        return computing(dtype, predict)
 
     def conditioning(text: int, batch: int = 1) -> Tensors:
         return {"context": normal(batch, text, 64, seed=text), "vector": normal(batch, 2816, seed=text + 1)}
