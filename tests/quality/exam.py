@@ -1,6 +1,6 @@
 """The demo's model before the judge: held-out captions drawn by a daemon under a plan, and how many pictures fit.
 
-    python -m tests.quality.exam --write     # docs/quality.md; an hour on two cores
+    python -m tests.quality.exam --write     # docs/quality.md; ten minutes on two cores
 
 Every plan draws the same captions from the same noise.
 """
@@ -33,6 +33,9 @@ from xditd.protocol.plans import PlanRequest
 DOCUMENT = Path(__file__).parents[2] / "docs" / "quality.md"
 MARKS = ("<!-- scores: made by tests.quality.exam -->", "<!-- end of scores -->")
 QUIET = Console(quiet=True)
+
+STEPS, CFG = 16, 1.0
+"""As `xditctl demo` draws."""
 
 SHAKEN = "one rank, noise shaken by 1e-6"
 """What rounding becomes where nothing else is different."""
@@ -79,8 +82,8 @@ def sit(
     exam: list[Description],
     plan: PlanRequest,
     *,
-    steps: int,
-    cfg: float,
+    steps: int = STEPS,
+    cfg: float = CFG,
     warmup: int = 1,
     shaken: bool = False,
 ) -> Score:
@@ -128,8 +131,8 @@ def table(client: Client, count: int, steps: int, cfg: float) -> Iterator[str]:
 
 @click.command()
 @click.option("--count", default=48, help="Captions.")
-@click.option("--steps", default=16)
-@click.option("--cfg", default=3.5)
+@click.option("--steps", default=STEPS)
+@click.option("--cfg", default=CFG)
 @click.option("--write", is_flag=True, help="Into docs/quality.md.")
 def main(count: int, steps: int, cfg: float, write: bool) -> None:
     """Prints the table of scores by plan."""

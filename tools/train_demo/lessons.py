@@ -115,7 +115,7 @@ def latents(net: Networks, numbers: torch.Tensor, device: torch.device) -> torch
         picture = (render.render(part.to(device)) * 2 - 1).to(torch.bfloat16)
         mean = vae.encode(picture.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
         made.append(((mean - SHIFT) * SCALE).to(torch.bfloat16))
-    return torch.cat(made)
+    return torch.cat(made).contiguous()  # the network's are channels last, and files hold no such
 
 
 def _filled(tokens: torch.Tensor, length: int) -> torch.Tensor:

@@ -7,6 +7,9 @@ better than its caption's others, the loss at a sigma between is
 
 each square over the mean of what it is the square of. So v moves away from v_old, towards what fitted. The captions are not
 those of the exam.
+
+What v is to move away from has no bound: at too high a rate a policy gets better for a while and then draws nothing at all.
+So what is kept is the average as it was when the policy drew best, and it ends when that is over.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ STEPS = 8  # in which they are drawn
 LESSONS = 4  # that are had of them, at other sigmas each
 FOLLOWS = 0.5  # how much of what was learnt the policy has at the next pictures
 JUDGED_AT_ONCE = 16
+SCORED = 20  # steps over which a score is taken
+FALLEN = 0.1  # below the best score: it is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ def train_judged(piece: Piece, *, peak: float, seed: int) -> None:
     average = Average(net.flux)
     easel = Easel(net, old, random.Random(seed))
     scores: list[float] = []
+    best, best_score = average.kept, 0.0
     with ProcessPoolExecutor(initializer=_alone, mp_context=get_context("forkserver")) as judges:
         drawn = easel.draw(piece.batch, judges)
         for step, done in enumerate(paced(piece)):
@@ -98,10 +104,15 @@ def train_judged(piece: Piece, *, peak: float, seed: int) -> None:
                     average.update()
             torch._foreach_lerp_(list(old.parameters()), [p.detach() for p in parameters], FOLLOWS)
             drawn = following
-            if step % 20 == 0:
-                recent = scores[-20:]
-                piece.log(step=step, fit=round(sum(recent) / len(recent), 4), telling=len(telling))
-                piece.keep_now_and_then(average)
+            if step % SCORED == 0:
+                recent = sum(scores[-SCORED:]) / len(scores[-SCORED:])
+                piece.log(step=step, fit=round(recent, 4), telling=len(telling))
+                if recent >= best_score:
+                    best, best_score = [kept.clone() for kept in average.kept], recent
+                elif recent < best_score - FALLEN:
+                    break
+    piece.log(best=round(best_score, 4))
+    average.kept = best
     average.swap()
 
 

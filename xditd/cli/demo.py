@@ -44,9 +44,9 @@ RANKS = 2
 @click.option(
     "--cfg",
     type=click.FloatRange(0, min_open=True),
-    default=3.5,
+    default=1.0,
     show_default=True,
-    help="Above 1 the empty prompt is the negative.",
+    help="Above 1 the empty prompt is the negative; this model has its guidance built in.",
 )
 @plan_options
 @endpoint_option
