@@ -293,21 +293,28 @@ def test_a_lora_is_merged_in_place_on_a_gpu_and_undone_to_the_last_bit(tmp_path:
     assert {name: value.data_ptr() for name, value in on_gpu.backbone.state_dict().items()} == addresses
 
 
+def larger(folder: Path, device: torch.device) -> tuple[Path, Path, dict[str, torch.Tensor], torch.Tensor]:
+    """A Flux whose layers are many enough to come and go, a LoRA for it, and what it is asked with."""
+    from xditd.models.making_loras import make_lora
+
+    shape = {**SHAPE, "heads": 16, "double_blocks": 4, "single_blocks": 8}
+    path = make_flux(folder / "flux.safetensors", **shape)
+    lora = make_lora(folder / "l.safetensors", "flux", flux_facts(**shape))
+    given = {name: value.to(device) for name, value in conditioning(77).items()}
+    x = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    return path, lora, given, x
+
+
 @pytest.mark.parametrize("mode", ["model", "layerwise"])
 def test_offloaded_weights_come_to_the_gpu_and_not_one_bit_differs(
     tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run of three calls, as of three steps; then with a LoRA, and without it again."""
     from xditd.models.families import load
-    from xditd.models.making_loras import make_lora
     from xditd.protocol.orders import Merge
 
-    shape = {**SHAPE, "heads": 16, "double_blocks": 4, "single_blocks": 8}
     device = torch.device("cuda:0")
-    path = make_flux(tmp_path / "flux.safetensors", **shape)
-    lora = make_lora(tmp_path / "l.safetensors", "flux", flux_facts(**shape))
-    given = {name: value.to(device) for name, value in conditioning(77).items()}
-    x = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    path, lora, given, x = larger(tmp_path, device)
 
     def steps(network: object) -> list[torch.Tensor]:
         found = []
@@ -356,19 +363,14 @@ def test_weights_in_fp8_give_what_rounded_ones_give_from_half_the_memory(
     from safetensors.torch import load_file, save_file
 
     from xditd.models.families import load
-    from xditd.models.making_loras import make_lora
     from xditd.protocol.orders import Merge
 
-    shape = {**SHAPE, "heads": 16, "double_blocks": 4, "single_blocks": 8}
     device = torch.device("cuda:0")
-    path = make_flux(tmp_path / "flux.safetensors", **shape)
+    path, lora, given, x = larger(tmp_path, device)
     rounded = tmp_path / "rounded.safetensors"
     save_file(
         {key: value.to(torch.float8_e4m3fn).bfloat16() for key, value in load_file(path).items()}, rounded
     )
-    lora = make_lora(tmp_path / "l.safetensors", "flux", flux_facts(**shape))
-    given = {name: value.to(device) for name, value in conditioning(77).items()}
-    x = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(1)).to(device)
 
     def predict(network: Any) -> torch.Tensor:
         turn = nullcontext() if network.weights.offload is None else network.weights.offload.turn()
