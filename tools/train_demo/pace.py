@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,15 +63,26 @@ class Piece:
     record: bool
     log: Log
     write: Callable[[], None]
-    _kept: list[float] = field(default_factory=lambda: [time.monotonic()])
 
-    def keep_now_and_then(self, average: Average) -> None:
-        """Writes the average, where the last time is long ago: a machine that is lent may be taken back."""
-        if time.monotonic() - self._kept[0] > KEPT:
+
+class Snapshots:
+    """Writes averages now and then while a piece is trained: a machine that is lent may be taken back.
+
+    Args:
+        write: writes the networks as they are.
+    """
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write = write
+        self._last = time.monotonic()
+
+    def keep(self, average: Average) -> None:
+        """Writes it, where the last time is long ago."""
+        if time.monotonic() - self._last > KEPT:
             average.swap()
-            self.write()
+            self._write()
             average.swap()
-            self._kept[0] = time.monotonic()
+            self._last = time.monotonic()
 
 
 class Average:

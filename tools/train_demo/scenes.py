@@ -1,8 +1,8 @@
 """Scenes of coloured shapes, and the English that describes them. Pure: no tensors, no files.
 
 A scene is what a caption says, made definite: every thing has a place and a radius. A caption says less than its scene
-(of `two red circles` it leaves open where they are), so many scenes fit one caption; `tests/quality/judge.py` tells
-whether a picture does.
+(of `two red circles` it leaves open where they are), so many scenes fit one caption; `judge.py` tells whether a
+picture does.
 
     caption := things [place] ["on a" colour ("background" | "ground")] ["."]
     things  := thing | thing relation thing | thing "and" thing | thing "," thing "and" thing | count size colour shapes

@@ -16,7 +16,7 @@ from tools.train_demo import checkpoint
 from tools.train_demo.lessons import Lessons
 from tools.train_demo.muon import Muon
 from tools.train_demo.networks import Networks
-from tools.train_demo.pace import Average, Piece, autocast, paced, rate
+from tools.train_demo.pace import Average, Piece, Snapshots, autocast, paced, rate
 from tools.train_demo.recorded import Recorded
 from xditd.models.flux import inputs
 
@@ -51,7 +51,7 @@ def train_flux(
     trained = nn.ModuleList([net.flux, net.clip, net.t5])
     parameters = list(trained.parameters())
     optimisers = optimisers_of(net, parameters, muon)
-    average = Average(trained)
+    average, snapshots = Average(trained), Snapshots(piece.write)
     teacher = copy.deepcopy(net.flux).requires_grad_(False) if guided else None
     if device.type == "cuda":
         for network in (net.flux, teacher):
@@ -92,7 +92,7 @@ def train_flux(
             raise SystemExit(f"Step {step}: a gradient is no number.")
         if step % 500 == 0:
             log(step=step, loss=round(heard.item(), 5))
-            piece.keep_now_and_then(average)
+            snapshots.keep(average)
     if piece.state is not None:
         checkpoint.keep(piece.state, trained, optimisers, average)
     average.swap()

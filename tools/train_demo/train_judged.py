@@ -31,7 +31,7 @@ from torch.nn.attention import sdpa_kernel
 from tools.train_demo import dataset
 from tools.train_demo.judge import judge
 from tools.train_demo.networks import GUIDANCE, SCALE, SHIFT, SIGMA_SHIFT, Networks, shifted
-from tools.train_demo.pace import Average, Piece, autocast, paced, rate
+from tools.train_demo.pace import Average, Piece, Snapshots, autocast, paced, rate
 from tools.train_demo.scenes import Description, caption, described
 from tools.train_demo.train_flux import ATTENTION, LONG, ids, told
 from xditd.models.flux import inputs
@@ -60,15 +60,17 @@ class Drawn:
 
     def better(self) -> torch.Tensor:
         """How each compares with its caption's others: 1/2 where it is like them, up to 1, down to 0; [B]."""
-        fit = torch.tensor([one for part in self.verdicts for one in part.result()], device=self.x0.device)
-        fit = fit.float().view(-1, ALIKE)
-        return ((fit - fit.mean(1, keepdim=True)) / 2 / fit.std().clamp_min(0.1)).clamp(
-            -0.5, 0.5
-        ).flatten() + 0.5
+        fit = torch.tensor(self._all(), device=self.x0.device).float().view(-1, ALIKE)
+        apart = (fit - fit.mean(1, keepdim=True)) / (2 * fit.std().clamp_min(0.1))
+        return apart.clamp(-0.5, 0.5).flatten() + 0.5
 
     def score(self) -> float:
-        verdicts = [one for part in self.verdicts for one in part.result()]
-        return sum(verdicts) / len(verdicts)
+        """The part of them that fit."""
+        fit = self._all()
+        return sum(fit) / len(fit)
+
+    def _all(self) -> list[bool]:
+        return [one for part in self.verdicts for one in part.result()]
 
 
 def train_judged(piece: Piece, *, peak: float, seed: int) -> None:
@@ -80,7 +82,7 @@ def train_judged(piece: Piece, *, peak: float, seed: int) -> None:
         old.compile_repeated_blocks(fullgraph=True, dynamic=False)
     parameters = list(net.flux.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    average = Average(net.flux)
+    average, snapshots = Average(net.flux), Snapshots(piece.write)
     easel = Easel(net, old, random.Random(seed))
     scores: list[float] = []
     best, best_score = average.kept, 0.0
@@ -109,6 +111,7 @@ def train_judged(piece: Piece, *, peak: float, seed: int) -> None:
                 piece.log(step=step, fit=round(recent, 4), telling=len(telling))
                 if recent >= best_score:
                     best, best_score = [kept.clone() for kept in average.kept], recent
+                    snapshots.keep(average)
                 elif recent < best_score - FALLEN:
                     break
     piece.log(best=round(best_score, 4))
