@@ -26,9 +26,9 @@ OF_TRANSFORMERS = tuple(name for name in DEGREES if name != "patch")
 
 NOT_BY_ITSELF = {
     "file": "exact; only by its name, or where memory lacks: every layer is cast each time it runs",
-    FP8[
-        0
-    ]: "rounds weights, so only by its name: half the memory of 16 bits, and every layer is cast each time it runs",
+    **dict.fromkeys(
+        FP8, "rounds weights, so only by its name: half the memory of 16 bits, every layer is cast as it runs"
+    ),
     "model": "exact; only by its name, or where memory lacks: every turn waits until all weights have come",
     "layerwise": "exact; only by its name, or where memory lacks: every call waits for all layers to come",
     "shard": "exact; only by its name: for models that do not fit, since every layer is gathered before it runs",

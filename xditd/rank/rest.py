@@ -15,11 +15,10 @@ def resting(network: Any, device: Device) -> Handlers:
     """Handlers for a network that `models.families.load` made."""
 
     def sleep(order: orders.Sleep, frames: Frames) -> None:
-        beside = (
-            network.weights.storage is not None
-        )  # LoRAs lie beside the weights, and are no weights that sleep
+        # Of weights in fp8 LoRAs lie beside them and would stay; a CPU's weights wake as the file's. The next run has them anew.
+        beside = network.weights.storage is not None
         if (beside or not device.is_cuda) and (loras := getattr(network, "loras", None)) is not None:
-            loras.hold(())  # a CPU's weights wake as the file's; the next run with LoRAs has them merged anew
+            loras.hold(())
         network.weights.sleep()
         device.settle()
 

@@ -41,6 +41,7 @@ class Staged:
         self._half = len(blocks) // 2
         self._held = [i for i, block in enumerate(blocks) if not isinstance(block, nn.Identity)]
         first = self._held[0]
+        # What blocks of the first half before this stage gave, without what blocks of the second half have taken of it.
         self.skips = min(first, self._half - 1) - max(0, first - self._half - 1)
         for name, module in self._backbone.named_modules():
             if name.endswith(".attn1"):
