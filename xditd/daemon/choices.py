@@ -24,11 +24,12 @@ from xditd.protocol.plans import DEGREES, FP8, OFFLOADS, degrees_of, shape
 OF_TRANSFORMERS = tuple(name for name in DEGREES if name != "patch")
 """Degrees that split what a transformer computes."""
 
+ROUNDED = FP8[0]
+"""The 8-bit float that is proposed for weights: of the two the one that ComfyUI's people take."""
+
 NOT_BY_ITSELF = {
     "file": "exact; only by its name, or where memory lacks: every layer is cast each time it runs",
-    **dict.fromkeys(
-        FP8, "rounds weights, so only by its name: half the memory of 16 bits, every layer is cast as it runs"
-    ),
+    ROUNDED: "rounds weights, so only by its name: half the memory of 16 bits, every layer is cast as it runs",
     "model": "exact; only by its name, or where memory lacks: every turn waits until all weights have come",
     "layerwise": "exact; only by its name, or where memory lacks: every call waits for all layers to come",
     "shard": "exact; only by its name: for models that do not fit, since every layer is gathered before it runs",
@@ -135,7 +136,7 @@ def memory_plans(count: int, info: ModelInfo) -> list[dict[str, Any]]:
     that share its weights."""
     found: list[dict[str, Any]] = [{"offload": offload} for offload in OFFLOADS if offload]
     if info.part == "transformer":
-        found.append({"weight_dtype": "file" if info.dtype in FP8 else FP8[0]})
+        found.append({"weight_dtype": "file" if info.dtype in FP8 else ROUNDED})
     if count > 1 and info.part == "transformer":
         found += [{name: count, "shard": True} for name in ("ulysses", "ring")]
     return found
