@@ -15,7 +15,7 @@ from xditd.catalog.detection import prefixes, role
 from xditd.catalog.families import TRANSFORMERS, family
 from xditd.catalog.layouts import named
 from xditd.catalog.layouts.piece import Piece
-from xditd.models.filling import fill
+from xditd.models.filling import fill, unfilled
 from xditd.models.lora import Loras
 from xditd.models.offload import Offload
 from xditd.models.reading import Keeper, Progress, WeightFile
@@ -71,7 +71,7 @@ class Network(Protocol):
 
     @staticmethod
     def empty(facts: Mapping[str, int]) -> nn.Module:
-        """The module that these facts describe. Made on the meta device: its parameters are read afterwards."""
+        """The module that these facts describe. Made while `filling.unfilled`: its parameters are read afterwards."""
 
     @staticmethod
     def pieces(facts: Mapping[str, int], prefix: str) -> Mapping[str, Piece]:
@@ -151,7 +151,7 @@ def load(
         if found is not None:
             file.names = found.names
             kind = row.kind
-            with torch.device("meta"):
+            with unfilled():
                 backbone = kind.empty(found.facts)
             cuts = None if divide is None else divide(backbone, kind.splits)
             pieces = {name: Piece(key) for name, key in file.names.items()}

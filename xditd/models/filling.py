@@ -6,10 +6,13 @@ On a CPU a parameter is the file's own pages where it can be. On a GPU most shar
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from xditd.catalog.families.expected import BLOCKS
 from xditd.catalog.header import Header
@@ -22,6 +25,24 @@ from xditd.protocol.errors import Code, XditError
 
 TELL_EVERY = 0.25
 """Seconds between two tellings."""
+
+INITIALISERS = frozenset({nn.init.constant_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_})
+"""What torch's layers give their parameters their first numbers with."""
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Networks made meanwhile are on the meta device. Their layers draw no first numbers, which there cost time and are none."""
+    with torch.device("meta"), _NoInitialising():
+        yield
+
+
+class _NoInitialising(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func in INITIALISERS else func(*args, **kwargs)
 
 
 def fill(
@@ -37,7 +58,7 @@ def fill(
     """Gives every parameter and buffer of a network its value.
 
     Args:
-        network: made on the meta device; its parameters are replaced.
+        network: made while `unfilled`; its parameters are replaced.
         pieces: by the name of the parameter, where it is in a file of the makers'.
         file: where they are read.
         device: where they go.
@@ -59,10 +80,9 @@ def fill(
     }
     told = _Telling(file.progress, sum(wanted.nbytes for wanted in all_wanted.values()))
     kept = () if keeper is None else keeper.names
-    state: dict[str, torch.Tensor] = {}
 
     def put(name: str, value: torch.Tensor) -> None:
-        state[name] = keeper.take(name, value) if keeper is not None and name in kept else value
+        _assign(network, name, keeper.take(name, value) if keeper is not None and name in kept else value)
         told.add(value.nbytes)
 
     stays = kept if keeper is not None and not keeper.uploads else ()
@@ -79,7 +99,6 @@ def fill(
         put(name, values[name])
 
     upload(file, sent, device, come, values)
-    network.load_state_dict(state, assign=True, strict=True)
     network.requires_grad_(False).eval()
     parameters = dict(network.named_parameters())
     file.placed = {
@@ -89,6 +108,15 @@ def fill(
     }
     if keeper is not None:
         file.placed = keeper.adopt(file.placed)
+
+
+def _assign(network: nn.Module, name: str, value: torch.Tensor) -> None:
+    """As `load_state_dict(assign=True)` does, but of one, while others are still on their way."""
+    module, _, attribute = name.rpartition(".")
+    owner = network.get_submodule(module)
+    if isinstance(getattr(owner, attribute), nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(owner, attribute, value)
 
 
 def _room(
