@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.rank.families import CASES, normal
 from tests.rank.ranks import framed, running, tensor_of
 from tests.rank.reference import Reference, error
 from xditd.models.making import flux_facts, make_flux
@@ -70,6 +71,40 @@ def test_a_rank_on_a_gpu_computes_the_network(
         )
     assert name == kernel
     assert largest < bound
+
+
+@pytest.mark.parametrize("name", ["sd3.5_medium", "pixart_alpha", "hunyuandit_1.1", "sdxl"])
+def test_a_rank_compiles_the_layers_of_every_family(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures of two sizes, then the first again, for which there is the second's code as well by then."""
+    case = CASES[name]
+    path = case.make(tmp_path / "model.safetensors")
+    predict = case.reference(path)
+    how: dict[str, Any] = {
+        "family": case.family,
+        "path": path,
+        "device": "cuda",
+        "compiled": True,
+    }
+    largest, outs = 0.0, []
+    with running(tmp_path / "r", **how) as ranks:
+        for number, size in enumerate((case.sizes[0], case.sizes[1], case.sizes[0]), 1):
+            tensors = case.conditioning(20)
+            ranks.condition(number, "c", tensors)
+            (x,), frames = framed([normal(1, case.channels, *size)])
+            item = DenoiseItem(x=x, t=(case.t,), conditioning="c")
+            ranks.send(orders.TurnDenoise(order=number, run=number, items=(item,)), *frames)
+            done, inline = ranks.wait(orders.TurnDone, 300)
+            out = tensor_of(done.outputs[0], inline)
+            expected = predict(normal(1, case.channels, *size), torch.tensor([case.t]), tensors)
+            largest = max(largest, error(out, expected))
+            outs.append(out)
+    again = error(outs[2], outs[0])
+    with capsys.disabled():
+        print(f"\n  cuda, {name}, compiled: {largest:.1e} from float32 on a CPU, again: {again:.1e}")
+    assert largest < 1e-3
+    assert again < 1e-3
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a world needs a GPU for each rank")

@@ -70,8 +70,11 @@ def load(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
 
 
 def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
+    from xditd.models.families import FAMILIES
+    from xditd.models.splits import in_layers
     from xditd.rank import attention
     from xditd.rank.cfg import CfgParallel
+    from xditd.rank.compiling import compile_layers
     from xditd.rank.denoiser import Denoiser
     from xditd.rank.device import Device
     from xditd.rank.transfer import DTYPES, Transfer
@@ -129,8 +132,7 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         network.backbone.set_attention_backend(kernel.diffusers)
         name = attention.heeded(kernel, network.backbone, spec.attention)
         if spec.compile and device.is_cuda and not eager:
-            # By block, so that 57 of them cost two; dynamic, so that a new size costs a fifth of a second.
-            network.backbone.compile_repeated_blocks(fullgraph=True, dynamic=True)
+            compile_layers(network, in_layers(network.backbone, FAMILIES[spec.family].layers))
     cfg = CfgParallel(plan.cfg, spec.rank, spec.world, device.torch)
     transfer = Transfer(device.torch, spec.rank, spec.world, places)
     return Denoiser(network, transfer, device, name, cfg)
