@@ -41,6 +41,8 @@ def test_all_of_it_can_be_written_and_is_pinned_until_it_is_let_go(driver: Drive
     host.memory.copy_(torch.arange(host.memory.numel()) % 251)
     assert host.memory[-1] == (3 * LARGE_PAGE + 4) % 251
     assert driver.registered == {host.memory.data_ptr(): 3 * LARGE_PAGE + 5}
+    # By where its storage begins torch tells that a tensor is pinned.
+    assert host.memory.untyped_storage().data_ptr() == host.memory.data_ptr()
     host.let_go()
     host.let_go()
     assert driver.registered == {}

@@ -49,9 +49,9 @@ def _memory(nbytes: int) -> torch.Tensor:
     mapped = mmap.mmap(-1, nbytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         mapped.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(mapped, dtype=torch.uint8)
-    begin = -memory.data_ptr() % LARGE_PAGE
-    return memory[begin : begin + nbytes]
+    begin = -torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr() % LARGE_PAGE
+    # Not a slice: torch asks whether a tensor's storage is pinned, which is where that begins.
+    return torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=begin)
 
 
 def _take_error(device: torch.device) -> None:
