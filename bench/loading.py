@@ -4,7 +4,10 @@
     python -m bench.loading --small      # tries the script on a CPU; its figures mean nothing
 
 In every round, in turn: the plain copy, out of the mapped file through two pinned buffers; and the loader as a rank calls it:
-header, network on the meta device, every parameter in its place. The ratio is of the two in the same round.
+header, network on the meta device, every parameter in its place. Both begin with no memory pinned and none of the device held, as
+a rank does that has just started. The ratio is of the two in the same round.
+
+Besides, to tell where the loader's time goes: the same without a byte sent to the device (read), and without one read (sent).
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from bench.spread import ratios, spread
 from xditd.catalog.families import flux
-from xditd.models import families
+from xditd.models import families, uploading
 from xditd.models.making import flux_facts
+from xditd.models.spans import Move
+from xditd.models.staging import FileSource, PinnedSlots
 
 REAL = {"heads": 24, "double_blocks": 19, "single_blocks": 38}
 SMALL = {"heads": 2, "double_blocks": 2, "single_blocks": 2}
@@ -66,11 +72,25 @@ def make(path: Path, sizes: dict[str, int]) -> Path:
 
 def measure(path: Path, device: torch.device, rounds: int) -> dict[str, object]:
     """Seconds of both, and their ratio."""
-    times: dict[str, list[float]] = {"copy": [], "load": []}
+
+    def load() -> object:
+        return families.load("flux", path, "transformer", device, torch.bfloat16)
+
+    def read() -> object:
+        with mock.patch.dict(uploading.STAGED, {"cuda": Unsent}):
+            return load()
+
+    def sent() -> object:
+        with mock.patch.object(FileSource, "read", lambda source, begin, into: None):
+            return load()
+
     ways: dict[str, Callable[[], object]] = {
         "copy": lambda: copy(path, device),
-        "load": lambda: families.load("flux", path, "transformer", device, torch.bfloat16),
+        "load": load,
+        "read": read,
+        "sent": sent,
     }
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):  # the first warms the page cache, imports and the allocators
         for name, way in ways.items():
             settle(device)
@@ -86,9 +106,18 @@ def measure(path: Path, device: torch.device, rounds: int) -> dict[str, object]:
         "gib": round(path.stat().st_size / 2**30, 3),
         "copy seconds": spread(times["copy"]).text(),
         "load seconds": spread(times["load"]).text(),
+        "read seconds": spread(times["read"]).text(),
+        "sent seconds": spread(times["sent"]).text(),
         "load / copy": ratio.text(),
         "rounds": rounds,
     }
+
+
+class Unsent(PinnedSlots):
+    """Slots of which nothing goes to the device."""
+
+    def send(self, slot: int, move: Move, target: torch.Tensor) -> None:
+        pass
 
 
 def copy(path: Path, device: torch.device) -> torch.Tensor:
@@ -116,6 +145,7 @@ def settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()
 
 
 def wait(device: torch.device) -> None:
