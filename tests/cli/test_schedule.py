@@ -31,19 +31,22 @@ def test_schnell_is_not_shifted():
 
 
 def test_dev_is_what_diffusers_makes_of_the_same_mu():
+    """Of steps that divide ComfyUI's table: diffusers has no table."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    scheduler.set_timesteps(sigmas=[1 - i / 28 for i in range(28)], mu=1.15)
-    assert sigmas(FLOW, 28, 1.15) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+    scheduler.set_timesteps(sigmas=[1 - i / 25 for i in range(25)], mu=1.15)
+    assert sigmas(FLOW, 25, 1.15) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 
 
-def test_dev_is_comfyuis_simple():
-    """ComfyUI picks from a table of 10000 shifted timesteps; at 20 steps it holds each of ours."""
-    alpha = math.exp(1.15)
-    table = [alpha / (alpha + 1 / (i / 10000) - 1) for i in range(1, 10001)]
-    simple = [table[-(1 + int(x * 10000 / 20))] for x in range(20)]
-    assert sigmas(FLOW, 20, 1.15) == pytest.approx((*simple, 0.0), abs=1e-12)
+@pytest.mark.parametrize("steps", [4, 20, 28, 30])
+@pytest.mark.parametrize(("mu", "table"), [(1.15, 10_000), (math.log(3.0), 1000)])
+def test_flows_are_comfyuis_simple(steps, mu, table):
+    """ComfyUI picks from a table of shifted timesteps, evenly and downwards (tests/comfy has ComfyUI say so itself)."""
+    alpha = math.exp(mu)
+    there = [alpha / (alpha + 1 / (i / table) - 1) for i in range(1, table + 1)]
+    simple = [there[-(1 + int(x * (table / steps)))] for x in range(steps)]
+    assert sigmas(FLOW, steps, mu, table=table) == pytest.approx((*simple, 0.0), abs=1e-12)
 
 
 def test_sd3_is_shifted_by_three():

@@ -122,7 +122,11 @@ def prepare(
     """
     habit = habits(run.model)
     schedule = wish.sigmas or sigmas(
-        known(run.model), wish.steps or habit.steps, habit.mu if wish.mu is None else wish.mu, wish.denoise
+        known(run.model),
+        wish.steps or habit.steps,
+        habit.mu if wish.mu is None else wish.mu,
+        wish.denoise,
+        habit.table,
     )
     values = guidance_values(run.model, habit, wish.guidance)
     run.put_conditioning("positive", positive or random_conditioning(run.model, wish.seed), values)

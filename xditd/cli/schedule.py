@@ -6,11 +6,10 @@ Flux and SD3 are rectified flows: sigma goes from 1 (noise) to 0 (picture), and 
 
 which is `time_shift` of black-forest-labs/flux (src/flux/sampling.py) with its exponent of 1. FLUX.1-dev takes
 mu = 1.15 at 1024×1024 and, as ComfyUI has it, at any size; FLUX.1-schnell takes none (mu = 0 changes nothing).
-Evenly spaced and shifted, they are what ComfyUI's scheduler "simple" gives, where the steps divide its table of 10,000
-sigmas for Flux and 1,000 for SD3; else "simple" takes the entry of the table above, less than one of it away.
-
 SDXL, PixArt and HunyuanDiT are trained on discrete steps, whose sigmas the daemon's word on their noise gives
-(`xditd.protocol.noise`). Of these, too, "simple" takes evenly, from the last.
+(`xditd.protocol.noise`).
+
+Either way they are those of ComfyUI's scheduler "simple": it has a table of sigmas for flows too, and takes of it evenly, from the last.
 """
 
 from __future__ import annotations
@@ -23,6 +22,10 @@ from xditd.protocol.messages import ModelInfo
 from xditd.protocol.noise import Noise
 
 
+TABLE = 1000
+"""Sigmas of a flow, but for FLUX.1-dev."""
+
+
 @dataclass(frozen=True, slots=True)
 class Habits:
     """What a variant is sampled with where nobody says otherwise.
@@ -30,6 +33,7 @@ class Habits:
     Attributes:
         steps: that are usual.
         mu: of a flow's shift; None where there is none.
+        table: sigmas of a flow that a schedule takes from, as many as ComfyUI has.
         guidance: that is usual; None where the model takes none.
         scale, shift: a latent as the model has it is (latent as ComfyUI shows it − shift) × scale.
     """
@@ -38,11 +42,12 @@ class Habits:
     scale: float
     shift: float = 0.0
     mu: float | None = None
+    table: int = TABLE
     guidance: float | None = None
 
 
 _HABITS = {
-    ("flux", "dev"): Habits(mu=1.15, steps=20, guidance=3.5, scale=0.3611, shift=0.1159),
+    ("flux", "dev"): Habits(mu=1.15, table=10_000, steps=20, guidance=3.5, scale=0.3611, shift=0.1159),
     ("flux", "schnell"): Habits(mu=0.0, steps=4, scale=0.3611, shift=0.1159),
     **{
         # ComfyUI's shift of 3 is exp(mu).
@@ -76,13 +81,16 @@ def habits(info: ModelInfo) -> Habits:
     return habit
 
 
-def sigmas(noise: Noise, steps: int, mu: float | None = None, denoise: float = 1.0) -> tuple[float, ...]:
+def sigmas(
+    noise: Noise, steps: int, mu: float | None = None, denoise: float = 1.0, table: int = TABLE
+) -> tuple[float, ...]:
     """`steps` + 1 descending sigmas, the last of them 0.
 
     Args:
         noise: what the model takes out of a latent.
         steps: of the loop, at least 1.
         mu: of a flow's shift; None is 0.
+        table: of a flow, how many sigmas there are.
         denoise: in (0, 1]: below 1 a schedule of steps / denoise steps is made, and its end taken, as ComfyUI does.
 
     Raises:
@@ -90,18 +98,20 @@ def sigmas(noise: Noise, steps: int, mu: float | None = None, denoise: float = 1
     """
     whole = max(steps, int(steps / denoise))
     if noise.predicts == "flow":
-        return (*(shifted(1 - i / whole, mu or 0.0) for i in range(whole - steps, whole)), 0.0)
-    if mu is not None:
+        there = [shifted((i + 1) / table, mu or 0.0) for i in range(table)]
+    elif mu is not None:
         raise XditError(
             Code.BAD_VALUE, f"A model that predicts {noise.predicts} has no shift; leave --mu out."
         )
-    table = noise.sigmas()
-    if whole > len(table):
+    else:
+        there = noise.sigmas()
+    if whole > len(there):
         raise XditError(
             Code.BAD_VALUE,
-            f"{whole} steps are more than the {len(table)} of this model; take fewer steps or more of the denoising.",
+            f"{whole} steps are more than the {len(there)} of this model; take fewer steps or more of the denoising.",
         )
-    return (*(table[-1 - int(i * len(table) / whole)] for i in range(whole - steps, whole)), 0.0)
+    each = len(there) / whole
+    return (*(there[-1 - int(i * each)] for i in range(whole - steps, whole)), 0.0)
 
 
 def known(info: ModelInfo) -> Noise:
