@@ -21,7 +21,6 @@ from xditd.protocol.errors import Code, XditError
 from xditd.protocol.messages import ModelInfo
 from xditd.protocol.noise import Noise
 
-
 TABLE = 1000
 """Sigmas of a flow, but for FLUX.1-dev."""
 

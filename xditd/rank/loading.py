@@ -132,6 +132,7 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         network.backbone.set_attention_backend(kernel.diffusers)
         name = attention.heeded(kernel, network.backbone, spec.attention)
         if spec.compile and device.is_cuda and not eager:
+            print("Layers are compiled at the first step, which takes up to a minute.", file=sys.stderr)
             compile_layers(network, in_layers(network.backbone, FAMILIES[spec.family].layers))
     cfg = CfgParallel(plan.cfg, spec.rank, spec.world, device.torch)
     transfer = Transfer(device.torch, spec.rank, spec.world, places)
