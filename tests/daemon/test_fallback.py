@@ -10,7 +10,6 @@ from tests.daemon.world import REF, World
 from xditd.daemon.chronicle import Chronicle
 from xditd.daemon.fallback import LEADS_DOWN, Ladder, Lately, spell
 from xditd.daemon.planner import plan, rungs
-from xditd.daemon.requests import Requests
 from xditd.daemon.runs import Run
 from xditd.daemon.sight import Sight
 from xditd.protocol import messages as m
@@ -161,10 +160,8 @@ def test_a_run_whose_plan_fails_at_the_start_is_opened_on_one_device_and_told():
 @pytest.fixture
 def watched() -> World:
     """A world whose runs are told of, as the daemon tells of them."""
-    world = World(memory_total=9)
-    sight = Sight(Chronicle(world.answer, lambda: world.now))
-    Requests(world, world.core, None, [], None, sight=sight, stop=lambda: None)
-    world.core.lowered = sight.degraded
+    sight = Sight(Chronicle(lambda peer, told: world.answer(peer, told), lambda: world.now))
+    world = World(memory_total=9, witness=sight)
     sight.chronicle.watch(b"top", m.Watch(id=world.request()))
     return world
 

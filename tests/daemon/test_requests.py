@@ -51,7 +51,7 @@ def after_a_slow_disk(request: m.Load | m.OpenRun, meanwhile: Meanwhile) -> Worl
         devices = [Device(name, "CPU") for name in world.devices]
         sight = Sight(Chronicle(world.answer, lambda: 0.0), None)
         catalog = SimpleNamespace(find=find)
-        requests = Requests(world, world.core, catalog, devices, None, sight=sight, stop=lambda: None)
+        requests = Requests(world, world.core, catalog, devices, sight=sight, stop=lambda: None)
         session = SimpleNamespace(peer=b"ctl", name="ctl", alive=True)
         requests.handle(session, request, ())
         await asyncio.to_thread(read.wait, 10)
@@ -84,3 +84,19 @@ def test_nothing_starts_for_who_has_left_or_when_the_daemon_takes_nothing_new(
 def test_a_slow_disk_alone_keeps_nobody_from_it(request_: m.Load | m.OpenRun) -> None:
     (group,) = after_a_slow_disk(request_, nothing).started
     assert group.ref == REF
+
+
+def test_two_who_drain_are_answered_when_the_last_run_has_ended_and_the_daemon_stops_once() -> None:
+    world, stops = World(), []
+    sight = Sight(Chronicle(world.answer, lambda: 0.0), None)
+    requests = Requests(
+        world, world.core, None, [], sight=sight, stop=lambda: stops.append(len(world.answers))
+    )
+    session = SimpleNamespace(peer=b"ctl", name="ctl", alive=True)
+    run = world.open_ready()
+    for number in (71, 72):
+        requests.handle(session, m.Drain(id=number, stop=True), ())
+    assert (world.of(71), world.of(72), stops) == ([], [], [])
+    requests.handle(SimpleNamespace(peer=run.peer, name="a"), m.Close(id=73, run=run.id), ())
+    assert [reply.re for _, reply in world.answers[-3:]] == [73, 71, 72]
+    assert stops == [len(world.answers)], "a second stop would be in a hurry, as a second signal is"

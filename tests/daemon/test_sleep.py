@@ -8,6 +8,7 @@ import pytest
 
 from tests.daemon.world import VAE, World
 from xditd.daemon.chronicle import Chronicle
+from xditd.daemon.devices import Device
 from xditd.daemon.groups import Group
 from xditd.daemon.requests import Requests
 from xditd.daemon.residency import Keep
@@ -261,11 +262,27 @@ def test_one_that_can_not_wake_is_replaced():
     assert run.group == again.name
 
 
+def test_a_request_to_sleep_is_answered_when_the_model_sleeps_with_the_memory_that_came_back():
+    world, group = idle(keep=Keep(), memory_total=9)
+    sight = Sight(Chronicle(world.answer, lambda: world.now))
+    gpu = Device("cuda:0", "GPU")
+    requests = Requests(world, world.core, None, [gpu], sight=sight, stop=lambda: None)
+    requests.handle(SimpleNamespace(peer=b"ctl", name="ctl"), m.Sleep(id=77, group=group.name), ())
+    assert (group.state, world.of(77)) == ("dozing", [])
+    world.rest(group, asleep=True)
+    answer = world.end_of(77)
+    assert isinstance(answer, m.Slept)
+    assert answer.groups == (group.name,)
+    (before,), (after,) = answer.before, answer.after
+    assert (before.device, before.used, before.models) == ("cuda:0", 4, 4)
+    assert (after.device, after.used, after.models) == ("cuda:0", 0, 0)
+
+
 def test_a_request_to_sleep_is_refused_once_where_a_rank_dies_on_the_way():
     """It is told when the last of the ranks is gone, and not again when another group goes."""
     world, group = idle(keep=Keep())
     sight = Sight(Chronicle(world.answer, lambda: world.now))
-    requests = Requests(world, world.core, None, [], None, sight=sight, stop=lambda: None)
+    requests = Requests(world, world.core, None, [], sight=sight, stop=lambda: None)
     requests.handle(SimpleNamespace(peer=b"ctl", name="ctl"), m.Sleep(id=77, group=group.name), ())
     assert (group.state, world.of(77)) == ("dozing", [])
     world.core.fleet.rank_gone(group, 0, "was killed by SIGKILL", world.now)

@@ -1,4 +1,5 @@
-"""A world for the daemon's core: it writes down what the core asks for, and plays the ranks, their memory and the clock."""
+"""A world for the daemon's core: it writes down what the core asks for and tells, and plays the ranks, their memory and the
+clock."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon.deadlines import Deadlines
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.groups import Group, Restarts
-from xditd.daemon.ports import HOST, Memory
+from xditd.daemon.ports import HOST, Memory, Witness
 from xditd.daemon.residency import Keep, Residency
-from xditd.daemon.runs import Key, Run
+from xditd.daemon.runs import Asked, Key, Run
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.tensors import Tensor
@@ -40,9 +41,31 @@ def info(name: str, family: str, parameters: int = 1) -> m.ModelInfo:
     )
 
 
+class Notes(Witness):
+    """What the core told, in its order: what happened, and to which run, model or group."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def run_opened(self, run: Run) -> None:
+        self.told.append(("run_opened", run.id))
+
+    def run_ended(self, run: Run) -> None:
+        self.told.append(("run_ended", run.id))
+
+    def degraded(self, ref: m.ModelRef, why: str, run: Run | None) -> None:
+        self.told.append(("degraded", ref.name if run is None else run.id))
+
+    def turn_done(self, asked: Asked, seconds: float) -> None:
+        self.told.append(("turn_done", asked.work.run))
+
+    def group_changed(self, group: Group) -> None:
+        self.told.append((group.state, group.name))
+
+
 @dataclass
 class World:
-    """Both ports of the core, and its hands."""
+    """All ports of the core, and its hands."""
 
     devices: tuple[str, ...] = ("cpu:0", "cpu:1")
     restart_limit: int = 3
@@ -64,20 +87,20 @@ class World:
     orders: list[tuple[str, Struct]] = field(default_factory=list)
     started: list[Group] = field(default_factory=list)
     killed: list[Group] = field(default_factory=list)
-    ended: list[int] = field(default_factory=list)
+    witness: Witness = field(default_factory=Notes)
 
     def __post_init__(self) -> None:
         restarts = Restarts(self.restart_limit, 300.0, self.restart_backoff)
         self.core = Dispatcher(
             self,
             self,
+            self.witness,
             DEADLINES,
             restarts,
             Residency(self, self.keep, margin=0, patience=self.patience),
             queue=self.queue,
             places=self.places,
             weights=self.weights,
-            ended=lambda run: self.ended.append(run.id),
         )
         self._requests = 0
 
@@ -108,6 +131,10 @@ class World:
         there = [group for group in groups if group.state != "waking"]
         held = self.core.fleet.residency.resident(there, pool)
         return Memory(self.memory_total, self.memory_total - self.memory_others - held)
+
+    def total_and_used(self, device: str) -> tuple[int | None, int | None]:
+        told = self.memory(device)
+        return (None, None) if told is None else (told.total, told.total - told.free)
 
     # What happens in the world.
 
@@ -206,6 +233,16 @@ class World:
         self.core.tick(self.now)
 
     # What is known of it.
+
+    @property
+    def told(self) -> list[tuple[str, Any]]:
+        assert isinstance(self.witness, Notes)
+        return self.witness.told
+
+    @property
+    def ended(self) -> list[int]:
+        """Runs that have ended, in order."""
+        return [about for event, about in self.told if event == "run_ended"]
 
     def group(self, run: Run) -> Group:
         return self.core.fleet.groups[run.group]

@@ -1,14 +1,13 @@
-"""Who waits for groups to be gone, or to sleep, and is then told what memory that has given back."""
+"""Who waits for groups to be gone, or to sleep, and is then told what memory that has given back. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from msgspec import Struct
 
-from xditd.daemon.devices import Memories
-from xditd.daemon.dispatcher import Dispatcher
+from xditd.daemon.fleet import Fleet
 from xditd.daemon.groups import Group
 from xditd.daemon.ports import ClientPort
 from xditd.daemon.work import failed
@@ -35,20 +34,10 @@ class Departure:
 class Departures:
     """Those that are not over."""
 
-    def __init__(
-        self, clients: ClientPort, dispatcher: Dispatcher, memories: Memories, devices: Collection[str]
-    ) -> None:
-        """
-        Args:
-            devices: names of the daemon's.
-        """
+    def __init__(self, clients: ClientPort, fleet: Fleet) -> None:
         self.clients = clients
-        self.dispatcher = dispatcher
-        self.memories = memories
-        self.devices = devices
+        self.fleet = fleet
         self.waiting: list[Departure] = []
-        dispatcher.gone = lambda group, now: self.look()
-        dispatcher.asleep = self.look
 
     def add(self, departure: Departure) -> None:
         """Groups were told to leave, or to sleep; answered at once where they have already."""
@@ -61,23 +50,18 @@ class Departures:
             self.waiting.remove(departure)
             self.clients.answer(departure.peer, self._answer(departure))
 
-    def memory(self, named: Iterable[str]) -> tuple[m.MemoryStatus, ...]:
+    def memory(self, devices: Iterable[str]) -> tuple[m.MemoryStatus, ...]:
         """What devices say of their memory now, and what the models on them are counted with."""
-        wanted, fleet = set(named), self.dispatcher.fleet
-        figures = {name: self.memories.total_and_used(name) for name in self.devices if name in wanted}
+        residency, groups = self.fleet.residency, self.fleet.groups.values()
+        figures = {name: residency.memory.total_and_used(name) for name in devices}
         return tuple(
-            m.MemoryStatus(
-                device=name,
-                total=total,
-                used=used,
-                models=fleet.residency.resident(fleet.groups.values(), name),
-            )
+            m.MemoryStatus(device=name, total=total, used=used, models=residency.resident(groups, name))
             for name, (total, used) in figures.items()
         )
 
     def _answer(self, departure: Departure) -> Struct:
         message, before = departure.message, departure.before
-        there = {one.device for one in before}
+        there = [one.device for one in before]
         names, after = tuple(group.name for group in departure.groups), self.memory(there)
         if isinstance(message, m.Unload):
             return m.Unloaded(re=message.id, groups=names, before=before, after=after)
@@ -89,7 +73,7 @@ class Departures:
             return failed(message.id, ended.code or Code.RANK_LOST, why)
         stayed = tuple(
             group.name
-            for group in self.dispatcher.fleet.groups.values()
-            if group.alive and self.dispatcher.uses(group) and not there.isdisjoint(group.devices)
+            for group in self.fleet.groups.values()
+            if group.alive and self.fleet.listener.uses(group) and not set(there).isdisjoint(group.devices)
         )
         return m.MemoryFreed(re=message.id, groups=names, in_use=stayed, before=before, after=after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from xditd.daemon.fleet import Fleet
+from xditd.daemon.ports import Witness
 from xditd.daemon.roster import Roster
 from xditd.daemon.runs import Run
 from xditd.daemon.work import batch_of, spell
@@ -14,7 +15,8 @@ from xditd.protocol.errors import Code, XditError
 class Descent:
     """The way down of the runs of a roster."""
 
-    def __init__(self, fleet: Fleet, roster: Roster) -> None:
+    def __init__(self, witness: Witness, fleet: Fleet, roster: Roster) -> None:
+        self.witness = witness
         self.fleet = fleet
         self.roster = roster
 
@@ -50,8 +52,9 @@ class Descent:
             run.untold = run.announced
             problem = self._try(run, now)
             if problem is None:
+                self.fleet.unsettled = True
                 if not new:  # of a new one is told when it is open
-                    self.fleet.listener.degraded(run.ref, run.ladder, run)
+                    self.witness.degraded(run.ref, run.ladder.degraded, run)
                 return None
             when, (code, message, culprit) = "start", problem
         return XditError(code, message)

@@ -1,12 +1,13 @@
 """Which run is on which group, and what becomes of a run. Decides; does nothing itself.
 
-What happens in the world comes in as a method call with the time; what should happen goes out through two ports.
-No socket, clock, process or device is in here, so its tests need none. The way of a run:
+What happens in the world comes in as a method call with the time; what should happen goes out through two ports, and a
+witness hears what did (`ports`). No socket, clock, process or device is in here, so its tests need none. The way of a run:
 
     open → queued → its group is ready → `RunOpened` → ask → turns → the answer → ask → … → close
 
 Who there is stands in the `roster`; which of those that wait gets a place, and where, is `placing`'s; what a run with a
-place is asked is done by `jobs`; groups come and go in the `fleet`; what clients hear of waiting is in the `tidings`.
+place is asked is done by `jobs`, and what becomes of it when it cannot go on by `ends`; groups come and go in the `fleet`;
+what clients hear of waiting is in the `tidings`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from typing import Any
 from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon import states
 from xditd.daemon.deadlines import Deadlines
+from xditd.daemon.departures import Departures
 from xditd.daemon.descent import Descent
+from xditd.daemon.ends import Ends
 from xditd.daemon.fallback import Ladder
 from xditd.daemon.fleet import LOST, Fleet
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.jobs import Jobs
 from xditd.daemon.placing import Placing
-from xditd.daemon.ports import ClientPort, RankPort
+from xditd.daemon.ports import ClientPort, RankPort, Witness
 from xditd.daemon.residency import Residency
 from xditd.daemon.roster import Roster
-from xditd.daemon.runs import MAX_REBINDS, Key, Run, Work
+from xditd.daemon.runs import Key, Run, Work
 from xditd.daemon.tidings import Tidings
 from xditd.daemon.turns import Turns
-from xditd.daemon.work import batch_of, failed, spell
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code, XditError
@@ -43,6 +45,7 @@ class Dispatcher:
         self,
         clients: ClientPort,
         ranks: RankPort,
+        witness: Witness,
         deadlines: Deadlines,
         restarts: Restarts,
         residency: Residency,
@@ -50,40 +53,31 @@ class Dispatcher:
         queue: int = 256,
         places: int = 32,
         weights: Mapping[str, float] | None = None,
-        ended: Callable[[Run], None] = lambda run: None,
     ) -> None:
         """
         Args:
             queue: runs that may wait at once.
             places: runs that one group takes at once.
             weights: of devices, for `weighted_round_robin`.
-            ended: called once for every run, when it has ended.
         """
         self.clients = clients
         self.ranks = ranks
+        self.witness = witness
         self.deadlines = deadlines
         self.queue = queue
         self.placing = Placing(places, weights or {})
-        self.ended = ended
-        self.noticed: Callable[[Group], None] = lambda group: None  # called when a group's state has changed
-        self.opened: Callable[[Run], None] = lambda run: (
-            None
-        )  # called before anything else is told of the run
-        self.gone: Callable[[Group, float], None] = lambda group, now: None
-        self.lowered: Callable[[m.ModelRef, str, Run | None], None] = lambda ref, why, run: None
-        self.asleep: Callable[[], None] = lambda: None  # called when a group has gone to sleep
-        self.fleet = Fleet(clients, ranks, deadlines, restarts, residency, self)
+        self.fleet = Fleet(clients, ranks, witness, deadlines, restarts, residency, self)
+        self.departures = Departures(clients, self.fleet)
         self.turns = Turns()
         self.runs = Roster()
-        self.descent = Descent(self.fleet, self.runs)
-        self.tidings = Tidings(
-            clients, self.runs, self.fleet.groups, self.turns, self.placing.experience, places
-        )
-        self.jobs = Jobs(clients, ranks, self.runs, self.fleet.groups, self.turns)
+        experience = self.placing.experience
+        self.tidings = Tidings(clients, self.runs, self.fleet.groups, self.turns, experience, places)
+        self.jobs = Jobs(clients, ranks, witness, self.runs, self.fleet.groups, self.turns)
+        self.descent = Descent(witness, self.fleet, self.runs)
+        self.ends = Ends(clients, ranks, witness, self.fleet, self.runs, self.turns, self.descent, experience)
         self.draining = False
         self._ids = count(1)
         self._settling = False
-        self._changed = False  # a run has ended: its place is free
 
     # -------------------------------------------------------------------------------------- from clients
 
@@ -114,9 +108,9 @@ class Dispatcher:
         run = Run.asked_for(request, next(self._ids), peer, client, found, keys, now, loras, ladder)
         self.descent.seat(run, now)
         self.runs.add(run)
-        self.opened(run)
+        self.witness.run_opened(run)
         if run.ladder.degraded:  # already
-            self.degraded(run.ref, run.ladder, run)
+            self.witness.degraded(run.ref, run.ladder.degraded, run)
         self.settle(now)
         self.tidings.waiting([run], now)
         return run
@@ -144,15 +138,9 @@ class Dispatcher:
             self.tidings.rebound(run, work.id)
 
     def stop(self, run: Run, message: str, now: float) -> None:
-        """Ends a run: now, or with the turn that it is in. `ended` tells when."""
-        self._stop(run, message, now)
+        """Ends a run: now, or with the turn that it is in. Then whoever waits for it (`Run.due`) is answered."""
+        self.ends.stop(run, message, now)
         self.settle(now)
-
-    def _stop(self, run: Run, message: str, now: float) -> None:
-        if self.turns.has(run.id):
-            run.leaving = message
-        else:
-            self._end(run, Code.RUN_CANCELLED, message, now)
 
     def unload(self, groups: list[Group], force: bool, now: float) -> None:
         """Tells groups to leave.
@@ -171,7 +159,7 @@ class Dispatcher:
                 )
         for group in groups:
             for run in (*self.runs.on(group), *self._hopeless(group, *groups)):
-                self._stop(run, f"Group {group.name} was unloaded by force.", now)
+                self.ends.stop(run, f"Group {group.name} was unloaded by force.", now)
             self.fleet.leave(group, now)  # behind the turn that it may be in
         self.settle(now)
 
@@ -200,8 +188,8 @@ class Dispatcher:
     def client_gone(self, peer: bytes, segments: tuple[int, ...], now: float) -> None:
         """A client's connection ended: its runs end, the ranks drop its segments."""
         for run in self.runs.of(peer):
-            self._stop(run, "Its client is gone.", now)
-        self.fleet.forget_peer(peer)
+            self.ends.stop(run, "Its client is gone.", now)
+        self.fleet.loads.forget_peer(peer)
         self.turns.forget_client(peer)
         if segments:
             for group in self.fleet.groups.values():
@@ -209,11 +197,16 @@ class Dispatcher:
                     self.ranks.order(group, o.DropSegments(segments=segments))
         self.settle(now)
 
+    def drain(self, then: Callable[[], None]) -> None:
+        """Takes nothing new from now on; `then` is called as soon as no run is left."""
+        self.draining = True
+        self.ends.drain(then)
+
     def close(self, now: float) -> None:
         """The daemon stops: every run ends, every group leaves."""
         self.draining = True
         for run in list(self.runs.values()):
-            self._stop(run, "The daemon is stopping.", now)
+            self.ends.stop(run, "The daemon is stopping.", now)
         self.fleet.close(now)
         self.settle(now)
 
@@ -227,7 +220,7 @@ class Dispatcher:
             group.ranks[0].device_memory = report.device_memory or group.ranks[0].device_memory
             if group.turns > 1:  # the first may have compiled
                 self.placing.experience.turn(group.key, report.seconds, run.effort)
-            if not self._left(run, now):
+            if not self.ends.left(run, now):
                 self.jobs.advance(run, run.asked, report, frames, now)
         self._after_turn(now)
 
@@ -241,9 +234,9 @@ class Dispatcher:
             self.fleet.fail(group, code, problem, now, group.culprit, strike=not own)
         else:
             run = self.jobs.turn_over(group, report.order, now)
-            if run is None or run.asked is None or self._left(run, now):
+            if run is None or run.asked is None or self.ends.left(run, now):
                 pass
-            elif not self._lower(run, group, report.code, report.message, now):
+            elif not self.ends.lower(run, group, report.code, report.message, now):
                 self.jobs.refuse(run, run.asked, report.code, report.message, now)
         self._after_turn(now)
 
@@ -258,10 +251,10 @@ class Dispatcher:
                 message = (
                     f"Run {run.id} was asked nothing for {idle:g} s (deadlines.run_idle); open a new one."
                 )
-                self._end(run, Code.RUN_IDLE, message, now)
+                self.ends.end(run, Code.RUN_IDLE, message, now)
             elif run.state == "queued" and not run.announced and now - run.opened > queued:
                 message = f"Run {run.id} has waited for {queued:g} s (deadlines.queued); try again later."
-                self._end(run, Code.DEADLINE_EXCEEDED, message, now)
+                self.ends.end(run, Code.DEADLINE_EXCEEDED, message, now)
         self.settle(now)
         self.tidings.tick(now)
 
@@ -285,13 +278,11 @@ class Dispatcher:
         self.tidings.waiting(self.runs.waiting_for(group.key), now)
 
     def group_ready(self, group: Group, now: float) -> None:
-        self.noticed(group)
         if not group.slept:
             self.placing.experience.load(group.key, group.ready_after or 0.0)
 
     def group_asleep(self, group: Group, now: float) -> None:
-        self.noticed(group)
-        self.asleep()
+        self.departures.look()
 
     def group_failed(self, group: Group, now: float) -> None:
         """Takes its runs back into the queue; another replica may take them at once.
@@ -299,46 +290,37 @@ class Dispatcher:
         What raised in a rank is refused, since it would raise again; what a rank died or hung over is asked
         again of the next group.
         """
-        self.noticed(group)
         lost = group.code in LOST
         victim = self.jobs.turn_over(group, group.turn, now)
         for run in self.runs.on(group):
             self.turns.forget(run.id)
-            if self._left(run, now):
+            if self.ends.left(run, now):
                 continue
             if run is victim and run.asked is not None and not lost:
-                if self._lower(run, group, group.code, group.problem, now):
+                if self.ends.lower(run, group, group.code, group.problem, now):
                     continue
                 self.jobs.refuse(run, run.asked, group.code, group.problem, now)
-            self._take_back(run, group, lost, now)
+            self.ends.take_back(run, group, lost, now)
 
     def group_gone(self, group: Group, now: float) -> None:
-        if group.all_gone:  # one that only waited for room was never announced
-            self.noticed(group)
         self.jobs.turn_over(group, group.turn, now)
         for run in self.runs.on(group):
-            self._end(run, Code.RUN_CANCELLED, run.leaving or group.problem, now)
+            self.ends.end(run, Code.RUN_CANCELLED, run.leaving or group.problem, now)
         self.turns.forget_group(group.name)
-        self.gone(group, now)
+        self.departures.look()
 
     def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
         for run in self._hopeless(group):
-            problem = self.descent.below(run, "start", code, message, now, group.culprit)
-            if problem is not None:
-                self._end(run, problem.code, problem.message, now)
-
-    def degraded(self, ref: m.ModelRef, ladder: Ladder, run: Run | None) -> None:
-        self._changed = True
-        self.lowered(ref, ladder.degraded, run)
+            self.ends.descend(run, "start", code, message, group, now)
 
     def settle(self, now: float) -> None:
         """Starts what has room, binds runs for which there is a place, gives turns."""
         if self._settling:  # whoever is at it looks again
             return
-        self._settling = self._changed = True
+        self._settling = self.fleet.unsettled = True
         try:
-            while self._changed:
-                self._changed = False
+            while self.fleet.unsettled:
+                self.fleet.unsettled = False
                 self.fleet.admit(now)
                 self._place(now)
             self.jobs.next_turns(now)
@@ -376,78 +358,22 @@ class Dispatcher:
                 self.tidings.rebound(run, run.asked.work.id)
             self.jobs.begin_anew(run)
 
-    def _take_back(self, run: Run, group: Group, lost: bool, now: float) -> None:
-        """The run's group failed: it waits for the next one, a limited number of times over one request."""
-        if lost and run.asked is not None:
-            run.rebinds += 1
-            run.asked.rebinds += 0 if group.excused else 1
-        if run.asked is not None and run.asked.rebinds > MAX_REBINDS:
-            if self._lower(run, group, Code.RANK_LOST, group.problem, now):
-                return
-            message = f"Run {run.id} lost its group {run.asked.rebinds} times over one request; the last: {group.problem}."
-            self._end(run, Code.RANK_LOST, message, now)
-            return
-        self.runs.take_back(run)
-
-    def _lower(self, run: Run, group: Group, code: Code | str, problem: str, now: float) -> bool:
-        """A turn of the run, on this group, failed for good: whether it goes on with less."""
-        assert run.asked is not None
-        if not run.ladder.leads_down("turn", spell(code), batch_of(run.asked.work)):
-            return False
-        run.asked.rebinds = 0
-        self.runs.take_back(run)
-        if group.state == "ready":  # it serves on, without this run
-            self.ranks.order(group, o.ForgetRun(run=run.id))
-        lacking = self.descent.below(run, "turn", code, problem, now, group.culprit)
-        if lacking is not None:
-            self._end(run, lacking.code, lacking.message, now)
-        return True
-
-    def _left(self, run: Run, now: float) -> bool:
-        """A turn is over: whether its run was to end with it, and so has."""
-        if run.leaving:
-            self._end(run, Code.RUN_CANCELLED, run.leaving, now)
-        return run.over
-
-    def _end(self, run: Run, code: Code | str, message: str, now: float) -> None:
-        """The one end of a run: what is under way is answered, and its group forgets it."""
-        if run.over:
-            return
-        self.turns.forget(run.id)
-        self.runs.end(run)
-        run.code, run.problem = spell(code), message
-        if not run.announced:
-            self.clients.answer(run.peer, failed(run.reopen, code, message))
-        elif run.asked is not None:
-            self.clients.answer(run.peer, failed(run.asked.work.id, code, message))
-        elif code != Code.RUN_CANCELLED:
-            self.clients.answer(run.peer, m.RunEnded(run=run.id, code=spell(code), message=message))
-        run.asked = None
-        run.conditioning.clear()
-        group = self.fleet.groups.get(run.group)
-        if group is not None and group.state == "ready":
-            self.ranks.order(group, o.ForgetRun(run=run.id))
-            self.placing.experience.run(group.key, now - run.placed)
-            group.used = now
-        self._changed = True
-        self.ended(run)
-
     def _blame(self, group: Group, report: o.RankFailed, now: float) -> bool:
         """Whether it failed of an order of one run's own, as every group would: that run ends, or goes on with less."""
         if report.order is not None or report.run is None or report.code in LOST:
             return False
         run = self.runs.get(report.run)
         there = run is not None and self.fleet.groups.get(run.group) is group
-        if run is not None and there and not self._left(run, now):
+        if run is not None and there and not self.ends.left(run, now):
             self.turns.forget(run.id)
-            if run.asked is None or not self._lower(run, group, report.code, report.message, now):
-                self._end(run, report.code, report.message, now)
+            if run.asked is None or not self.ends.lower(run, group, report.code, report.message, now):
+                self.ends.end(run, report.code, report.message, now)
         return True
 
     def _after_turn(self, now: float) -> None:
         """The devices are free; where a run ended with the turn, its place is too."""
         self.jobs.next_turns(now)
-        if self._changed:
+        if self.fleet.unsettled:
             self.settle(now)
 
     def _pass_conditioning(self, run: Run, message: m.PutConditioning, frames: Sequence[Any]) -> None:

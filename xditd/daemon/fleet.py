@@ -17,7 +17,7 @@ from xditd.daemon.deadlines import Deadlines
 from xditd.daemon.fallback import Ladder, Lately
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.loads import Load, Loads
-from xditd.daemon.ports import ClientPort, Listener, RankPort
+from xditd.daemon.ports import ClientPort, Listener, RankPort, Witness
 from xditd.daemon.residency import Residency
 from xditd.daemon.runs import Key
 from xditd.daemon.work import spell
@@ -39,6 +39,7 @@ class Fleet:
         self,
         clients: ClientPort,
         ranks: RankPort,
+        witness: Witness,
         deadlines: Deadlines,
         restarts: Restarts,
         residency: Residency,
@@ -46,12 +47,14 @@ class Fleet:
     ) -> None:
         self.clients = clients
         self.ranks = ranks
+        self.witness = witness
         self.deadlines = deadlines
         self.restarts = restarts
         self.residency = residency
         self.listener = listener
         self.groups: dict[str, Group] = {}
         self.held: frozenset[str] = frozenset()  # groups that take no further run: their memory is needed
+        self.unsettled = False  # since somebody settled last, a place is free or another group wanted
         self.lately = Lately(restarts.window)
         self.loads = Loads(clients, self._lower)
         self.closed = False  # nothing starts any more
@@ -106,6 +109,7 @@ class Fleet:
         if before == "waiting":
             self._gone(group, now)
         elif before in states.GROUP_LOADED:
+            self.witness.group_changed(group)
             self.ranks.order(group, o.Leave())
         else:
             self.ranks.kill(group)
@@ -115,6 +119,7 @@ class Fleet:
         group.go("sleep")
         group.started, group.asked = now, None
         group.slept += 1
+        self.witness.group_changed(group)
         self.ranks.order(group, o.Sleep())
 
     def close(self, now: float) -> None:
@@ -184,10 +189,6 @@ class Fleet:
             self.leave(group, now)
         return chosen
 
-    def forget_peer(self, peer: bytes) -> None:
-        """A client is gone: nobody waits for its loads."""
-        self.loads.forget_peer(peer)
-
     # ---------------------------------------------------------------------------------------- from ranks
 
     def rank_phase(self, group: Group, report: o.RankPhase, now: float) -> None:
@@ -221,6 +222,7 @@ class Fleet:
         if group.state == "dozing" and group.all_asleep:
             group.go("ranks_asleep")
             group.resting = True
+            self.witness.group_changed(group)
             self.listener.group_asleep(group, now)
             self.listener.settle(now)
         elif group.state == "waking" and group.all_ready:
@@ -268,6 +270,7 @@ class Fleet:
         if strike:
             self.restarts.failed(group.key, now)
         self.ranks.kill(group)
+        self.witness.group_changed(group)
         self.listener.group_failed(group, now)
         if before == "starting" and group.code != Code.RANK_LOST.value:
             told = Code.LOAD_FAILED if group.code == Code.RANK_FAILED.value else group.code
@@ -301,11 +304,13 @@ class Fleet:
         if group.state == "asleep":
             group.go("wake")
             group.resting = False
+            self.witness.group_changed(group)
             self.ranks.order(group, o.Wake())
             self.loads.group_starting(group)
             self.listener.group_starting(group, now)
         else:
             group.go("admit")
+            self.witness.group_changed(group)
             self.ranks.start(group)
 
     def _ready(self, group: Group, now: float) -> None:
@@ -313,6 +318,7 @@ class Fleet:
         group.asked, group.used = None, now
         self.lately.forgive(group.key)
         self.loads.group_ready(self.groups.values(), now)
+        self.witness.group_changed(group)
         self.listener.group_ready(group, now)
         self.listener.settle(now)
 
@@ -352,7 +358,8 @@ class Fleet:
         plan, load.ladder = lower
         load.keys, load.problems, load.culprit = (replace(load.keys[0], plan=plan),), {}, ""
         self._ask_for(load, now)
-        self.listener.degraded(load.ref, load.ladder, None)
+        self.unsettled = True
+        self.witness.degraded(load.ref, load.ladder.degraded, None)
         return list(self.groups.values())
 
     def _get(
@@ -406,6 +413,8 @@ class Fleet:
         return bool(group.code) and self.listener.wanted(group)
 
     def _gone(self, group: Group, now: float) -> None:
+        if group.all_gone:  # one that only waited for room was never told of
+            self.witness.group_changed(group)
         self.listener.group_gone(group, now)
         self._replace(group, self.restarts.delay(group.key), now)
 

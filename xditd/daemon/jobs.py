@@ -6,11 +6,11 @@ to the ranks as an order (`work`), and what they report becomes the next turn, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xditd.daemon.groups import Group
-from xditd.daemon.ports import ClientPort, RankPort
+from xditd.daemon.ports import ClientPort, RankPort, Witness
 from xditd.daemon.roster import Roster
 from xditd.daemon.runs import Asked, Run, Work
 from xditd.daemon.turns import Turns
@@ -18,23 +18,26 @@ from xditd.daemon.work import alone, answer, batch_of, begin, effort, failed, pr
 from xditd.protocol import messages as m
 from xditd.protocol import orders as o
 from xditd.protocol.errors import Code, XditError
-from xditd.protocol.plans import ModelRef
 
 
 class Jobs:
     """What the runs of a roster are asked."""
 
     def __init__(
-        self, clients: ClientPort, ranks: RankPort, roster: Roster, groups: Mapping[str, Group], turns: Turns
+        self,
+        clients: ClientPort,
+        ranks: RankPort,
+        witness: Witness,
+        roster: Roster,
+        groups: Mapping[str, Group],
+        turns: Turns,
     ) -> None:
         self.clients = clients
         self.ranks = ranks
+        self.witness = witness
         self.roster = roster
         self.groups = groups
         self.turns = turns
-        self.turned: Callable[[Asked, float], None] = lambda asked, seconds: None  # called after every turn
-        # called where a turn was done in a lesser way, and why
-        self.lowered: Callable[[ModelRef, str, Run], None] = lambda ref, why, run: None
 
     def ask(self, run: Run, work: Work, frames: Sequence[Any], now: float) -> None:
         """A run is asked something. One without a place keeps it until it has one.
@@ -77,7 +80,7 @@ class Jobs:
         run.touched = now
         asked.step += 1
         asked.seconds += report.seconds
-        self.turned(asked, report.seconds)
+        self.witness.turn_done(asked, report.seconds)
         finished = asked.step == asked.turns
         if isinstance(asked.work, m.Sample):
             preview, shown = alone(report.preview, frames) if report.preview is not None else (None, ())
@@ -87,7 +90,7 @@ class Jobs:
             run.go("answer")
             why = "; ".join(filter(None, (run.ladder.degraded, report.degraded)))
             if report.degraded:
-                self.lowered(run.ref, why, run)
+                self.witness.degraded(run.ref, why, run)
             self.clients.answer(run.peer, *answer(asked, report, frames, why))
         else:
             self._ask_turn(run)

@@ -1,4 +1,5 @@
-"""What the daemon's core may ask of the world. `clients.Clients` and `ranks.Ranks` answer it; tests do too.
+"""What the daemon's core asks of the world (`clients.Clients`, `ranks.Ranks`, `devices.Memories`), and what it tells it
+(`sight.Sight`). Tests are that world too.
 
 And what the fleet tells the dispatcher."""
 
@@ -10,9 +11,8 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
-from xditd.daemon.fallback import Ladder
 from xditd.daemon.groups import Group
-from xditd.daemon.runs import Key, Run
+from xditd.daemon.runs import Asked, Key, Run
 from xditd.protocol.errors import Code
 from xditd.protocol.plans import ModelRef
 
@@ -33,6 +33,9 @@ class MemoryPort(Protocol):
 
     def memory(self, pool: str) -> Memory | None:
         """Of a GPU by its name, of all CPU ranks by "cpu", of the machine by `HOST`; None where it is not counted."""
+
+    def total_and_used(self, device: str) -> tuple[int | None, int | None]:
+        """Bytes of a device, by all processes, whether they are counted or not."""
 
 
 class ClientPort(Protocol):
@@ -55,6 +58,28 @@ class RankPort(Protocol):
 
     def kill(self, group: Group) -> None:
         """Kills what is left of the group's rank processes."""
+
+
+class Witness(Protocol):
+    """All that the core tells of what happens, to whoever looks on: nothing that it does depends on it.
+
+    Whoever must hear less than all inherits from this, and is deaf to the rest.
+    """
+
+    def run_opened(self, run: Run) -> None:
+        """It waits for a place. Nothing else is told of a run before this."""
+
+    def run_ended(self, run: Run) -> None:
+        """Its one end; `run.code` and `run.problem` say why. Nothing is told of it afterwards."""
+
+    def degraded(self, ref: ModelRef, why: str, run: Run | None) -> None:
+        """A run, or a load where that is None, goes on with less than was asked for."""
+
+    def turn_done(self, asked: Asked, seconds: float) -> None:
+        """One more turn of a request is done, in so many seconds of the ranks."""
+
+    def group_changed(self, group: Group) -> None:
+        """It is in another state, by `group.state`. Of waiting for room nothing is told, nor of leaving before it was ready."""
 
 
 class Listener(Protocol):
@@ -89,9 +114,6 @@ class Listener(Protocol):
 
     def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
         """No other generation will follow."""
-
-    def degraded(self, ref: ModelRef, ladder: Ladder, run: Run | None) -> None:
-        """A run, or a load, goes on with less than was asked for."""
 
     def settle(self, now: float) -> None:
         """Something has changed: who waits for room or a place may have it now."""

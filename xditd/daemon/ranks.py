@@ -65,7 +65,6 @@ class Ranks:
 
     def start(self, group: Group) -> None:
         self._passed[group.name] = set()
-        self.dispatcher.noticed(group)
         for spec in rank_specs(group, self.config, self.runtime):
             try:
                 self.executor.spawn(spec, environment(spec))
@@ -91,8 +90,6 @@ class Ranks:
     def order(
         self, group: Group, order: Struct, *, peer: bytes | None = None, frames: Sequence[Any] = ()
     ) -> None:
-        if isinstance(order, (o.Leave, *o.RESTS)):
-            self.dispatcher.noticed(group)
         if isinstance(order, o.Leave):
             why = f" {group.problem}." if group.problem else ""
             log.info("%s leaves.%s", group.ref.name, why, extra={"group": group.name})

@@ -8,19 +8,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from xditd.catalog import families
 from xditd.catalog.catalog import Catalog, Found, FoundLora
 from xditd.catalog.roots import ALIASES
 from xditd.daemon import choices, costs, dtypes, planner
 from xditd.daemon.checks import check_work
-from xditd.daemon.departures import Departure, Departures
-from xditd.daemon.devices import Device, Memories
+from xditd.daemon.departures import Departure
+from xditd.daemon.devices import Device
 from xditd.daemon.dispatcher import Dispatcher
 from xditd.daemon.fallback import Ladder
 from xditd.daemon.groups import Group
@@ -50,7 +49,6 @@ class Requests:
         dispatcher: Dispatcher,
         catalog: Catalog,
         devices: Sequence[Device],
-        memories: Memories,
         *,
         dtype: str = "",
         fallback: str = "auto",
@@ -61,7 +59,7 @@ class Requests:
     ) -> None:
         """
         Args:
-            sight: is told of runs as they open and end.
+            sight: where clients watch, and what is told that the daemon drains.
             dtype: compute dtype where a request names none; "" leaves it to `dtypes.choose`.
             fallback: "auto" or "never", where a request does not say.
             frame_bytes_per_client: that the daemon keeps for the runs of a client without shared memory.
@@ -78,10 +76,7 @@ class Requests:
         self.sight = sight
         self.stop = stop
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ending: dict[int, list[tuple[bytes, Struct]]] = {}  # run → answers due when it has ended
-        self._draining: list[tuple[bytes, m.Drain]] = []
-        self._departures = Departures(clients, dispatcher, memories, self.devices)
-        dispatcher.opened, dispatcher.ended = sight.run_opened, self._ended
+        self._draining: list[tuple[bytes, m.Drain]] = []  # not answered yet
 
     def handle(self, session: Session, message: Any, frames: Sequence[Any]) -> None:
         """Does what a request asks; its answer follows through the port, at once or later.
@@ -117,19 +112,18 @@ class Requests:
             case m.Cancel():
                 run = self._run(session, message.run, anybody=True)
                 log.info("Cancelled by %s.", session.name, extra={"run": run.id})
-                self._when_ended(run, session.peer, m.Cancelled(re=message.id, run=run.id))
+                run.due.append((session.peer, m.Cancelled(re=message.id, run=run.id)))
                 self.dispatcher.stop(run, f"Run {run.id} was cancelled.", now)
             case m.Close():
                 run = self._run(session, message.run)
                 run.closing = True
-                self._when_ended(run, session.peer, m.Closed(re=message.id, run=run.id))
+                run.due.append((session.peer, m.Closed(re=message.id, run=run.id)))
                 self.dispatcher.stop(run, f"Run {run.id} was closed.", now)
             case m.Drain():
-                self.dispatcher.draining = True
                 self.sight.daemon("draining")
-                self._draining.append((session.peer, message))
                 log.warning("Draining: no new runs. Asked by %s.", session.name)
-                self._drained()
+                self._draining.append((session.peer, message))
+                self.dispatcher.drain(self._drained)
             case m.Watch():
                 self.sight.chronicle.watch(session.peer, message)
             case _:
@@ -251,17 +245,17 @@ class Requests:
 
     def _unload(self, session: Session, message: m.Unload, now: float) -> None:
         groups = self._meant(message)
-        before = self._departures.memory(device for group in groups for device in group.devices)
+        before = self._memory({device for group in groups for device in group.devices})
         self.dispatcher.unload(groups, message.force, now)
         log.info("Unloaded by %s: %s.", session.name, ", ".join(group.name for group in groups))
-        self._departures.add(Departure(session.peer, message, groups, before))
+        self.dispatcher.departures.add(Departure(session.peer, message, groups, before))
 
     def _sleep(self, session: Session, message: m.Sleep, now: float) -> None:
         groups = self._meant(message)
-        before = self._departures.memory(device for group in groups for device in group.devices)
+        before = self._memory({device for group in groups for device in group.devices})
         self.dispatcher.sleep(groups, now)
         log.info("Put to sleep by %s: %s.", session.name, ", ".join(group.name for group in groups))
-        self._departures.add(Departure(session.peer, message, groups, before))
+        self.dispatcher.departures.add(Departure(session.peer, message, groups, before))
 
     def _meant(self, message: m.Unload | m.Sleep) -> list[Group]:
         """The groups that a request names."""
@@ -274,10 +268,14 @@ class Requests:
 
     def _free_memory(self, session: Session, message: m.FreeMemory, now: float) -> None:
         devices = planner.devices(message.devices, list(self.devices))
-        before = self._departures.memory(devices)
+        before = self._memory(devices)
         groups = self.dispatcher.fleet.free_memory(message.bytes, devices, now)
         log.info("Freed for %s: %s.", session.name, ", ".join(group.name for group in groups) or "nothing")
-        self._departures.add(Departure(session.peer, message, groups, before))
+        self.dispatcher.departures.add(Departure(session.peer, message, groups, before))
+
+    def _memory(self, named: Collection[str]) -> tuple[m.MemoryStatus, ...]:
+        """Of devices, in the daemon's own order."""
+        return self.dispatcher.departures.memory(name for name in self.devices if name in named)
 
     # --------------------------------------------------------------------------------------------- runs
 
@@ -306,23 +304,12 @@ class Requests:
                 f"{self.frame_bytes_per_client}; close a run, or raise arena.per_client_bytes.",
             )
 
-    def _when_ended(self, run: Run, peer: bytes, answer: Struct) -> None:
-        self._ending.setdefault(run.id, []).append((peer, answer))
-
-    def _ended(self, run: Run) -> None:
-        self.sight.run_ended(run)
-        for peer, answer in self._ending.pop(run.id, ()):
-            self.clients.answer(peer, answer)
-        self._drained()
-
     def _drained(self) -> None:
-        if not self._draining or self.dispatcher.runs:
-            return
-        for peer, message in self._draining:
+        """No run is left. Whoever drains is answered, and the daemon stopped once: a second time would be in a hurry."""
+        drained, self._draining = self._draining, []
+        for peer, message in drained:
             self.clients.answer(peer, m.Drained(re=message.id))
-        stop = any(message.stop for _, message in self._draining)
-        self._draining.clear()
-        if stop:
+        if any(message.stop for _, message in drained):
             self.stop()
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon import states
 from xditd.daemon.fallback import Ladder
@@ -92,6 +94,7 @@ class Run:
     leaving: str = ""  # it ends with the turn that it is in: why
     touched: float = 0.0  # monotonic seconds of the last request or answer
     closing: bool = False  # its client has asked for its end
+    due: list[tuple[bytes, Struct]] = field(default_factory=list)  # answers to those who asked for its end
     code: str = ""  # that it ended with
     problem: str = ""  # why it ended
     placed: float = 0.0  # monotonic seconds of the last binding

@@ -89,6 +89,7 @@ class Server:
         self.dispatcher = Dispatcher(
             self.clients,
             self.ranks,
+            self.sight,
             Deadlines(
                 limits.load,
                 limits.first_turn,
@@ -109,7 +110,6 @@ class Server:
             self.dispatcher,
             catalog,
             self.devices,
-            memories,
             dtype=config.compute.dtype,
             fallback=config.compute.fallback,
             runs_per_client=config.limits.runs_per_client,
@@ -117,8 +117,6 @@ class Server:
             sight=self.sight,
             stop=stop,
         )
-        self.dispatcher.noticed, self.dispatcher.jobs.turned = self.sight.group, self.sight.turn
-        self.dispatcher.lowered = self.dispatcher.jobs.lowered = self.sight.degraded
 
     def go(self, event: str) -> None:
         self.state = states.after(states.DAEMON, self.state, event)

@@ -1,6 +1,6 @@
 """What the daemon's parts say of themselves as it happens, passed on to whoever looks: the chronicle and the metrics.
 
-The parts call it and decide nothing by it; it changes nothing of theirs.
+The parts call it and decide nothing by it; it changes nothing of theirs. To the core it is the witness (`ports`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from xditd.daemon.chronicle import Chronicle
 from xditd.daemon.groups import Group
 from xditd.daemon.metrics import Metrics
+from xditd.daemon.ports import Witness
 from xditd.daemon.runs import Asked, Run
 from xditd.daemon.session import Session
 from xditd.protocol.errors import Code
@@ -18,7 +19,7 @@ from xditd.protocol.plans import ModelRef
 log = logging.getLogger("xditd.sight")
 
 
-class Sight:
+class Sight(Witness):
     """The one place that hears of everything."""
 
     def __init__(self, chronicle: Chronicle, metrics: Metrics | None = None) -> None:
@@ -40,8 +41,7 @@ class Sight:
         """A client has come ("connected") or gone ("gone")."""
         self.chronicle.tell(f"client_{event}", client=session.name)
 
-    def group(self, group: Group) -> None:
-        """A group has come to another state."""
+    def group_changed(self, group: Group) -> None:
         broken = group.state == "failed"
         self.chronicle.tell(
             f"group_{group.state}",
@@ -55,7 +55,6 @@ class Sight:
             self.metrics.group(group)
 
     def degraded(self, ref: ModelRef, why: str, run: Run | None) -> None:
-        """A run, or a load where that is None, goes on with less than was asked for."""
         what = "load" if run is None else "run"
         facts = {} if run is None else {"run": run.id, "client": run.client}
         self.chronicle.tell(f"{what}_degraded", model=ref, message=why, **facts)
@@ -70,7 +69,7 @@ class Sight:
         self.chronicle.tell("run_opened", run=run.id, model=run.ref, client=run.client)
 
     def run_ended(self, run: Run) -> None:
-        """A run has ended, for `run.code`; one that its client closed has no code."""
+        """One that its client closed has no code."""
         closed = run.closing and run.code == Code.RUN_CANCELLED.value
         code, message = ("", "") if closed else (run.code, run.problem)
         self.chronicle.tell(
@@ -79,7 +78,6 @@ class Sight:
         if self.metrics is not None:
             self.metrics.run_ended(code)
 
-    def turn(self, asked: Asked, seconds: float) -> None:
-        """A turn of a request is done."""
+    def turn_done(self, asked: Asked, seconds: float) -> None:
         if self.metrics is not None:
             self.metrics.turn(asked.work, seconds)
