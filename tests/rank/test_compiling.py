@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from tests.rank.families import CASES, Case, Tensors, normal
+from tests.rank.ranks import framed, running, tensor_of
+from tests.rank.reference import error
 from xditd.models.families import FAMILIES, load
 from xditd.models.making import flux_facts, make_flux
 from xditd.models.splits import in_layers
-from xditd.rank import compiling
+from xditd.protocol import orders
+from xditd.protocol.messages import DenoiseItem
+from xditd.rank import compiling, xfuser_seam
 from xditd.rank.compiling import ATTEMPTS, Settled, compile_layers
 
 CPU = torch.device("cpu")
@@ -53,7 +59,7 @@ def test_the_layers_of_every_family_compile_whole_and_compute_the_same(tmp_path:
     plain, compiled = (load(case.family, path, "transformer", CPU, torch.float32) for _ in range(2))
     layers = list(in_layers(compiled.backbone, FAMILIES[case.family].layers))
     before = compiling.compiled()
-    compile_layers(compiled, layers, backend="eager")
+    compile_layers(compiled, layers, alone=True, backend="eager")
     for text, size, batch in ((20, case.sizes[0], 1), (12, case.sizes[1], 1), (12, case.sizes[1], 2)):
         x, tensors = normal(batch, case.channels, *size), case.conditioning(text, batch)
         with torch.no_grad():
@@ -93,7 +99,7 @@ def test_a_call_that_compiled_is_made_again_and_later_ones_are_not() -> None:
     module = Layers()
     for layer in module.layers:
         layer.compile(fullgraph=True, backend="eager")
-    call = Settled(module)
+    call = Settled(module, alone=True)
     with torch.no_grad():
         call(torch.zeros(3, 4))
         assert module.calls == 2
@@ -110,5 +116,75 @@ def test_what_compiles_at_every_call_is_answered_all_the_same(monkeypatch: pytes
         calls.append(1)
         return x
 
-    assert Settled(call)(torch.ones(1)) == 1
+    assert Settled(call, alone=True)(torch.ones(1)) == 1
     assert len(calls) == ATTEMPTS
+
+
+def test_ranks_that_meet_in_a_call_make_the_first_one_twice_whoever_of_them_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that called again by itself would wait for the others for ever."""
+    made: list[int] = []
+    for counts in (iter(range(100)), iter([7] * 100)):  # one compiles at every call, the other never
+        monkeypatch.setattr(compiling, "compiled", lambda counts=counts: next(counts))
+        calls: list[int] = []
+        call = Settled(lambda calls=calls: calls.append(1) or torch.ones(1), alone=False)
+        for _ in range(3):
+            call()
+        made.append(len(calls))
+    assert made == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"),
+    [
+        ("pixart_alpha", {"ulysses": 2}),
+        ("pixart_alpha", {"tensor": 2}),
+        *(
+            pytest.param(name, degrees, marks=pytest.mark.soak)
+            for name in ("flux", "sd3.5_medium", "hunyuandit_1.1")
+            for degrees in ({"ulysses": 2}, {"ring": 2}, {"tensor": 2})
+        ),
+    ],
+    ids=str,
+)
+def test_a_world_with_compiled_layers_computes_what_one_process_does(
+    tmp_path: Path, name: str, degrees: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks meet in attention and in layers that they share: code is compiled up to there, and goes on behind it."""
+    case = flux() if name == "flux" else CASES[name]
+    path = case.make(tmp_path / "model.safetensors")
+    plain = load(case.family, path, "transformer", CPU, torch.float32)
+    figures = []
+    with running(
+        tmp_path / "r",
+        path=path,
+        family=case.family,
+        **degrees,
+        compiled=True,
+        options={"compiler": "eager"},
+    ) as ranks:
+        for text, size in ((15, case.sizes[0]), (31, case.sizes[1])):
+            given, x = case.conditioning(text), normal(1, case.channels, *size)
+            ranks.condition(1, "c", given)
+            (described,), frames = framed([x])
+            item = DenoiseItem(x=described, t=(case.t,), conditioning="c")
+            ranks.send(orders.TurnDenoise(order=1, run=1, items=(item,)), *frames)
+            done, inline = ranks.wait(orders.TurnDone, 300)
+            with torch.no_grad():
+                expected = plain.predict(x, torch.tensor([case.t]), plain.condition(given, {}))
+            figures.append(error(tensor_of(done.outputs[0], inline), expected))
+        assert "Layers are compiled" in ranks.words()
+    with capsys.disabled():
+        print(f"\n  {name}, {degrees}, compiled: {', '.join(f'{figure:.1e}' for figure in figures)}", end="")
+    assert max(figures) < 1e-5
+
+
+def test_all_of_xfusers_attention_is_kept_out_of_compiling() -> None:
+    """A module that has it under a name of its own would have torch look into it, sizes and all."""
+    names = [f"{xfuser_seam.BARE[2]}.{module}" for module in xfuser_seam.WRAPPERS.values()]
+    root = Path(importlib.util.find_spec("xfuser").origin).parents[1]  # type: ignore[union-attr,arg-type]
+    for name in (*names, "xfuser.model_executor.layers.attention_processor"):
+        text = (root / (name.replace(".", "/") + ".py")).read_text()
+        has = "import USP" in text
+        assert has == ("USP" in xfuser_seam.PATCHED.get(name, ())), name

@@ -111,10 +111,11 @@ def test_a_rank_compiles_the_layers_of_every_family(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a world needs a GPU for each rank")
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 0.2)])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_two_gpus_compute_what_one_process_does(
-    tmp_path: Path, ulysses: int, ring: int, dtype: str, bound: float
+    tmp_path: Path, ulysses: int, ring: int, dtype: str, bound: float, compiled: bool
 ) -> None:
-    largest, _ = compare(tmp_path, dtype, ulysses=ulysses, ring=ring)
+    largest, _ = compare(tmp_path, dtype, ulysses=ulysses, ring=ring, compiled=compiled)
     assert largest < bound
 
 

@@ -74,7 +74,6 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     from xditd.models.splits import in_layers
     from xditd.rank import attention
     from xditd.rank.cfg import CfgParallel
-    from xditd.rank.compiling import compile_layers
     from xditd.rank.denoiser import Denoiser
     from xditd.rank.device import Device
     from xditd.rank.transfer import DTYPES, Transfer
@@ -82,12 +81,11 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     device, plan = Device(spec.device), spec.plan
     sequence = plan.ulysses * plan.ring
     kernel = attention.choose(device.torch, DTYPES[spec.dtype], spec.attention, in_world=sequence > 1)
-    eager = sequence * plan.tensor * plan.pipefusion > 1 or plan.offload or plan.weight_dtype
-    if spec.compile and eager:
-        print(
-            "Compiling is for ranks that compute on their own, with weights that stay as they are; these run eagerly.",
-            file=sys.stderr,
-        )
+    backend = spec.options.get("compiler", "inductor" if device.is_cuda else "")
+    compiling = bool(spec.compile and backend)
+    if compiling and (plan.pipefusion > 1 or plan.shard or plan.offload or plan.weight_dtype):
+        print("Compiling is for ranks whose weights stay as they are; these run eagerly.", file=sys.stderr)
+        compiling = False
     if plan.pipefusion > 1:
         return _load_stage(spec, places, faults, tell)
     world: Any = None
@@ -124,6 +122,8 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     faults.at_output(network.backbone)
     name = kernel.name
     if world is not None:
+        if compiling:
+            xfuser_seam.keep_attention_out_of_compiling()
         run = partial(network.run, world.wrap(network.backbone, network.heads // plan.tensor))
         network.call = SequenceParallel(run, network.tokens, world, device.torch)
         if sharding is not None:
@@ -131,9 +131,12 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
     else:
         network.backbone.set_attention_backend(kernel.diffusers)
         name = attention.heeded(kernel, network.backbone, spec.attention)
-        if spec.compile and device.is_cuda and not eager:
-            print("Layers are compiled at the first step, which takes up to a minute.", file=sys.stderr)
-            compile_layers(network, in_layers(network.backbone, FAMILIES[spec.family].layers))
+    if compiling:
+        from xditd.rank.compiling import compile_layers
+
+        print("Layers are compiled at the first step, which takes up to a minute.", file=sys.stderr)
+        layers = in_layers(network.backbone, FAMILIES[spec.family].layers)
+        compile_layers(network, layers, alone=sequence * plan.tensor == 1, backend=backend)
     cfg = CfgParallel(plan.cfg, spec.rank, spec.world, device.torch)
     transfer = Transfer(device.torch, spec.rank, spec.world, places)
     return Denoiser(network, transfer, device, name, cfg)

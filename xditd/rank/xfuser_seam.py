@@ -12,6 +12,7 @@ is changed, each attribute by name so that a test can tell when a new version mo
 - `usp._has_kv_cache`: no. Only PipeFusion reads that cache; filled, it pins two tensors a layer.
 - `xFuserJointAttnProcessor2_0`: without a text (SD3.5 medium attends to the image alone, too) it raises
   UnboundLocalError; that attention is done here.
+- `USP` of `attention_processor` and `transformer_flux`, where layers are compiled: ranks meet in it, so it is left as it is.
 - `ATTENTION_FUNCTION_REGISTRY`: flash attention of a CPU; and the memory-efficient kernel without the pads in
   its log-sum-exp, which ring attention cannot merge.
 """
@@ -44,7 +45,8 @@ PATCHED = {
     "xfuser.model_executor.layers.usp": (
         "PROCESS_GROUP", "_get_attention_function", "_has_kv_cache", "ATTENTION_FUNCTION_REGISTRY",
     ),
-    "xfuser.model_executor.layers.attention_processor": ("xFuserJointAttnProcessor2_0",),
+    "xfuser.model_executor.layers.attention_processor": ("USP", "xFuserJointAttnProcessor2_0"),
+    "xfuser.model_executor.models.transformers.transformer_flux": ("USP",),
 }  # fmt: skip
 """By module, the attributes that are replaced or changed here."""
 
@@ -147,6 +149,14 @@ def preload() -> None:
     importlib.import_module("xfuser.config.config")
     for module in (*WRAPPERS.values(), "register"):
         importlib.import_module(f"{BARE[2]}.{module}")
+
+
+def keep_attention_out_of_compiling() -> None:
+    """From now on torch.compile breaks off before xfuser's attention and goes on behind it."""
+    for name, replaced in PATCHED.items():
+        if "USP" in replaced:
+            module: Any = importlib.import_module(name)
+            module.USP = torch.compiler.disable(module.USP)
 
 
 def join(
