@@ -12,6 +12,7 @@ from msgspec import Struct
 from xditd.catalog.catalog import Found, FoundLora
 from xditd.daemon.deadlines import Deadlines
 from xditd.daemon.dispatcher import Dispatcher
+from xditd.daemon.fallback import Ladder
 from xditd.daemon.groups import Group, Restarts
 from xditd.daemon.ports import HOST, Memory, Witness
 from xditd.daemon.residency import Keep, Residency
@@ -80,7 +81,8 @@ class World:
     keep: Keep = field(default_factory=Keep)
     patience: float = 30.0
     weights: dict[str, float] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)  # of models by name; four bytes each
+    parameters: dict[str, int] = field(default_factory=dict)  # of models by name; of 4 bytes, in fp8 of 1
+    lora_bytes: dict[str, int] = field(default_factory=dict)  # of LoRAs by name
     turn_seconds: float = 0.1  # that ranks say a turn took
     now: float = 1000.0
     answers: list[tuple[bytes, Struct]] = field(default_factory=list)
@@ -150,17 +152,25 @@ class World:
         replicas: int = 1,
         scheduling: str = "round_robin",
         loras: Sequence[tuple[str, float]] = (),
+        weight_dtype: str = "",
+        ladder: Ladder | None = None,
         **arguments: Any,
     ) -> Run:
         """A run of a model on the devices, or on equal shares of them."""
         found_loras = [
-            FoundLora(f"/{name}", (), m.LoraMatch(name=name, strength=strength, matched=1, modules=1))
+            FoundLora(
+                f"/{name}",
+                (),
+                m.LoraMatch(name=name, strength=strength, matched=1, modules=1),
+                bytes=self.lora_bytes.get(name, 0),
+                adding=0,
+            )
             for name, strength in loras
         ]
-        found, keys = self.what(ref, devices, replicas)
+        found, keys = self.what(ref, devices, replicas, weight_dtype)
         plan = m.PlanRequest(scheduling=scheduling)
         request = m.OpenRun(id=self.request(), model=ref, plan=plan, **arguments)
-        return self.core.open(peer, "test", request, found, keys, self.now, found_loras)
+        return self.core.open(peer, "test", request, found, keys, self.now, found_loras, ladder)
 
     def load(self, ref: m.ModelRef = REF, devices: tuple[str, ...] = (), replicas: int = 1) -> int:
         request = m.Load(id=self.request(), model=ref)
@@ -168,7 +178,7 @@ class World:
         return request.id
 
     def what(
-        self, ref: m.ModelRef, devices: tuple[str, ...] = (), replicas: int = 1
+        self, ref: m.ModelRef, devices: tuple[str, ...] = (), replicas: int = 1, weight_dtype: str = ""
     ) -> tuple[Found, tuple[Key, ...]]:
         devices = devices or self.devices
         size = len(devices) // replicas
@@ -177,7 +187,8 @@ class World:
         )
         shares = [devices[first : first + size] for first in range(0, size * replicas, size)]
         return found, tuple(
-            Key(found.path, "", "float32", m.Plan(devices=share, ulysses=size)) for share in shares
+            Key(found.path, "", "float32", m.Plan(devices=share, ulysses=size, weight_dtype=weight_dtype))
+            for share in shares
         )
 
     def open_ready(self, **arguments: Any) -> Run:

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.test_formats import scaled
 from tests.rank.families import CASES, CPU, Case, normal
+from xditd.catalog.lora_fit import fit
 from xditd.models.families import load
 from xditd.models.making import flux_facts, make_flux
 from xditd.models.making_loras import make_lora
-from xditd.models.reading import held
+from xditd.models.reading import WeightFile, held
 from xditd.protocol.orders import Merge
 from xditd.protocol.plans import FP8
 
@@ -188,6 +189,30 @@ def test_a_lora_is_added_in_full_and_taken_out_again(tmp_path: Path, flux: Path,
         assert torch.equal(predict(network), predict(aligned(reference)))
         assert torch.equal(predict(network), plain) == (not merges)
         assert dtypes(network) == {torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_of_a_lora_as_much_lies_beside_as_is_counted(tmp_path: Path, flux: Path, form: str) -> None:
+    """The makers' file has one pair for q, k and v, which are three parameters here: its matrices are there once."""
+    network = kept(flux, FP8[0])
+    path = make_lora(tmp_path / "l.safetensors", "flux", FACTS, form, dtype=torch.bfloat16)
+    file = WeightFile(path)
+    found = fit(file.header, "flux", FACTS, "flux")
+    for strength in (0.8, -0.5):  # the second in the place of the first
+        network.loras.hold((Merge(path=str(path), strength=strength),))
+    held_back = [one.kept for one in network.loras._file.placed.values() if one.kept is not None]
+    beside = [matrix for one in held_back for product in one.added for matrix in (product._up, product._down)]
+    lying = {id(matrix): matrix.nbytes for matrix in beside}  # each would be a copy on a GPU
+    merged = {
+        pair: sum(file.tensor(key).nbytes for key in (pair.up, pair.down))
+        for pair in {change.pair for change in found.changes}
+        if "blocks" not in pair.module
+    }
+    assert merged
+    assert sum(lying.values()) == found.bytes - sum(merged.values())
+    assert found.adding >= 8 * max(one.parameter.numel() for one in held_back)
+    network.loras.hold(())
+    assert not any(one.added for one in held_back)
 
 
 @pytest.mark.parametrize("offload", WAYS)

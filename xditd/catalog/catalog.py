@@ -65,11 +65,14 @@ class FoundLora:
         path: of its file, with links resolved.
         stamp: what changes when the file does: its size, time and inode.
         match: what it changes of the model, and how much of it is wanted.
+        bytes, adding: as `lora_fit.Fit` has them.
     """
 
     path: str
     stamp: tuple[int, ...]
     match: LoraMatch
+    bytes: int
+    adding: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +163,7 @@ class Catalog:
             text=found.text,
             unmatched=tuple(shown(name) for name in found.unmatched),
         )
-        return FoundLora(path, (stamp.size, stamp.mtime_ns, stamp.inode), match)
+        return FoundLora(path, (stamp.size, stamp.mtime_ns, stamp.inode), match, found.bytes, found.adding)
 
     def list(self, kind: str = "") -> tuple[tuple[ModelInfo, ...], tuple[SkippedFile, ...]]:
         """Every model of a kind, or of all kinds that can be loaded, and every file that is none, with the reason.

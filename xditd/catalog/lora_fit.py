@@ -16,6 +16,7 @@ from xditd.catalog.header import Header
 from xditd.catalog.layouts import LAYOUTS
 from xditd.catalog.sentences import listed, shape_of, shown
 from xditd.protocol.errors import Code, XditError
+from xditd.protocol.tensors import ITEMSIZE
 
 PREFIXES = (
     "model.diffusion_model.",
@@ -71,6 +72,9 @@ class Fit:
         matched: pairs that change the model.
         pairs: in the file, without those of text encoders.
         text: pairs of text encoders.
+        bytes: of the matrices of pairs that change the model.
+        adding: bytes that are taken while one of them is added to a weight in 8 bits (`models.storage`): of the largest, the
+            weight and the product in float32.
         unmatched: some names of modules that the model has not, or keys that are no part of a pair.
     """
 
@@ -78,6 +82,8 @@ class Fit:
     matched: int
     pairs: int
     text: int
+    bytes: int
+    adding: int
     unmatched: tuple[str, ...] = ()
 
 
@@ -129,11 +135,15 @@ def fit(header: Header, family: str, facts: Mapping[str, int], model: str) -> Fi
             f"{header.name} is no LoRA for {model}, a {family}: {why}; choose one that was made for this kind of model.",
         )
     strange += lora_file.others(header, found)
+    used = list(dict.fromkeys(change.pair for change in changes))
+    matrices = [header.tensors[key] for pair in used for key in (pair.up, pair.down)]
     return Fit(
         changes=tuple(changes),
         matched=len({change.pair.module for change in changes}),
         pairs=len(ours),
         text=len(found) - len(ours),
+        bytes=sum(entry.end - entry.begin for entry in matrices),
+        adding=2 * ITEMSIZE["float32"] * max(math.prod(pair.shape) for pair in used),
         unmatched=tuple(strange[:4]),
     )
 

@@ -67,6 +67,9 @@ class Descent:
         known = self.fleet.lately.problem(run.keys, now)
         if known is not None and run.ladder.leads_down("start", known[0]):
             return known
+        large = [self.fleet.residency.too_large(run.found, key, run.lora_bytes) for key in run.keys]
+        if run.lora_bytes and all(large):
+            return Code.OUT_OF_MEMORY.value, f"{large[0]}.", ""
         try:
             self.fleet.want(run.keys, run.ref, run.found, now, run.ladder.degraded)
         except XditError as error:

@@ -274,6 +274,9 @@ class Dispatcher:
     def holds(self, group: Group) -> bool:
         return self.runs.count_on(group) > 0
 
+    def lora_bytes(self, group: Group, now: float) -> int:
+        return self.placing.lora_bytes(self.runs, group, self.fleet.groups.values(), now)
+
     def group_starting(self, group: Group, now: float) -> None:
         self.tidings.waiting(self.runs.waiting_for(group.key), now)
 
@@ -311,6 +314,8 @@ class Dispatcher:
 
     def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
         for run in self._hopeless(group):
+            if group.alive and group.has_room_for(run.lora_bytes):
+                continue  # it lacks room for the LoRAs of others alone
             self.ends.descend(run, "start", code, message, group, now)
 
     def settle(self, now: float) -> None:
@@ -346,7 +351,7 @@ class Dispatcher:
         run.touched = run.placed = group.used = now
         if run.loras or group.loras:
             self.ranks.order(group, o.SetLoras(run=run.id, loras=run.loras))
-            group.loras = run.loras
+        group.loras, group.lora_bytes = run.loras, run.lora_bytes
         for message, frames in run.conditioning.values():
             self._pass_conditioning(run, message, frames)
         first = not run.announced

@@ -1,8 +1,7 @@
 """All groups: which there are, how they start, serve, fail, are replaced and leave. Decides; does nothing itself.
 
-A group starts when there is memory for it; models that no run uses make room (`residency`). A group that fails is killed whole. When its last rank is gone and somebody still wants it, the next generation
-starts under the same name, until the model has failed too often. What this means for runs is the dispatcher's:
-it listens.
+A group starts when there is memory for it; models that no run uses make room (`residency`). One that fails is killed whole, and its
+next generation starts while somebody wants it, until the model has failed too often. What this means for runs is the dispatcher's.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from xditd.catalog.catalog import Found
 from xditd.daemon import states
 from xditd.daemon.deadlines import Deadlines
 from xditd.daemon.fallback import Ladder, Lately
-from xditd.daemon.groups import Group, Restarts
+from xditd.daemon.groups import Group, Restarts, nearest
 from xditd.daemon.loads import Load, Loads
 from xditd.daemon.ports import ClientPort, Listener, RankPort, Witness
 from xditd.daemon.residency import Residency
@@ -27,9 +26,6 @@ from xditd.protocol.errors import Code, XditError
 
 LOST = frozenset({Code.RANK_LOST.value, Code.DEADLINE_EXCEEDED.value})
 """Codes of a group whose ranks died or hung. Another group may well do what this one could not."""
-
-_NEAREST = ("ready", "waking", "asleep", "dozing", "starting", "waiting", "failed", "leaving", "gone")
-"""States by how soon a group in them, or its replacement, serves."""
 
 
 class Fleet:
@@ -132,7 +128,7 @@ class Fleet:
                 self.leave(group, now)
 
     def admit(self, now: float) -> None:
-        """Starts and wakes groups that wait for room; where there is none, models that no run uses make it.
+        """Starts and wakes groups that wait for room, finds some for LoRAs of those that serve; models that no run uses make it.
 
         They come in the order in which they were asked for: one that was put to sleep for another, and is wanted again at
         once, is behind that other.
@@ -144,10 +140,12 @@ class Fleet:
         """
         waiting: list[Group] = []
         for group in self.groups.values():
-            if group.state == "waiting" or (group.state == "asleep" and self._called(group)):
+            called = group.state == "asleep" and self._called(group)
+            lacks = group.state == "ready" and not group.has_room_for(self.listener.lora_bytes(group, now))
+            if group.state == "waiting" or called or lacks:
                 group.asked = now if group.asked is None else group.asked
                 waiting.append(group)
-            elif group.state == "asleep":  # who called it is gone: the next has waited for no time
+            elif group.state in ("asleep", "ready"):  # who called is gone: the next has waited for no time
                 group.asked = None
         waiting.sort(key=lambda group: group.asked or now)
         spoken_for: set[str] = set()
@@ -158,9 +156,10 @@ class Fleet:
             if group.state == "waiting" and not self._wanted(group):
                 self.leave(group, now)
             elif spoken_for.isdisjoint(needs):
-                verdict = self.residency.decide(group, list(self.groups.values()), self._in_use, now)
+                loras = self.listener.lora_bytes(group, now)
+                verdict = self.residency.decide(group, [*self.groups.values()], self._in_use, now, loras)
                 if verdict.fits:
-                    self._admit(group, now)
+                    self._admit(group, loras, now)
                     continue
                 if group.spare and not self.listener.depends(group):
                     del self.groups[group.name]
@@ -168,7 +167,10 @@ class Fleet:
                 if group.state == "asleep" and self._further(group, before):
                     continue
                 if verdict.never:
-                    self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now, verdict.where)
+                    if group.has_room_for(loras):
+                        self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now, verdict.where)
+                    else:  # for LoRAs alone
+                        self.listener.given_up(group, Code.OUT_OF_MEMORY, f"{verdict.never}.", now)
                     continue
                 held |= {one.name for one in verdict.hold}
                 for one in verdict.sleep:
@@ -298,8 +300,12 @@ class Fleet:
 
     # -------------------------------------------------------------------------------------------- inside
 
-    def _admit(self, group: Group, now: float) -> None:
-        """There is room for it."""
+    def _admit(self, group: Group, loras: int, now: float) -> None:
+        """There is room for it, and for so many bytes of LoRAs."""
+        group.lora_bytes = max(loras, group.lora_bytes if group.state == "ready" else 0)
+        if group.state == "ready":
+            group.asked = None
+            return
         group.started, group.spare = now, False
         if group.state == "asleep":
             group.go("wake")
@@ -333,11 +339,6 @@ class Fleet:
         """Whether all who wait for one that sleeps could go to another that serves, comes, or waits for room `before` it."""
         coming = {one.key for one in self.groups.values() if one.state in ("ready", "starting", "waking")}
         return not self.loads.wants(group.key) and not self.listener.depends(group, coming | before)
-
-    def _find(self, key: Key) -> Group | None:
-        """The group for a key that serves, or will soonest."""
-        present = [group for group in self.groups.values() if group.key == key]
-        return min(present, key=lambda group: _NEAREST.index(group.state), default=None)
 
     def _ask_for(self, load: Load, now: float) -> None:
         """Has what a load asks for come, or writes down why it cannot."""
@@ -377,7 +378,7 @@ class Fleet:
         Raises:
             XditError: `model_failed`, `out_of_memory`.
         """
-        present = self._find(key)
+        present = nearest(self.groups.values(), key)
         if present is not None:
             present.spare = present.spare and spare
             return present

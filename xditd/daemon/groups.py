@@ -8,6 +8,7 @@ same name and the next generation.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from xditd.catalog.catalog import Found
@@ -67,6 +68,7 @@ class Group:
     left_at: float | None = None  # monotonic seconds when it was told to leave, or was killed
     restart_at: float | None = None  # monotonic seconds when a gone group's next generation starts
     loras: tuple[Merge, ...] = ()  # that its weights have merged
+    lora_bytes: int = 0  # of each device, that it is counted with for LoRAs beside weights in fp8
     used: float = 0.0  # monotonic seconds of the last turn or binding
     asked: float | None = None  # monotonic seconds since when it waits for room
     slept: int = 0  # how often it was put to sleep
@@ -99,6 +101,10 @@ class Group:
     @property
     def devices(self) -> tuple[str, ...]:
         return self.key.plan.devices
+
+    def has_room_for(self, loras: int) -> bool:
+        """Whether a run's LoRAs, of so many bytes, can be had with the memory that it is counted with."""
+        return not self.key.plan.weight_dtype or loras <= self.lora_bytes  # merged they take none
 
     @property
     def phase(self) -> str:
@@ -160,6 +166,16 @@ class Group:
             problem=self.problem,
             degraded=self.degraded,
         )
+
+
+NEAREST = ("ready", "waking", "asleep", "dozing", "starting", "waiting", "failed", "leaving", "gone")
+"""States by how soon a group in them, or its replacement, serves."""
+
+
+def nearest(groups: Iterable[Group], key: Key) -> Group | None:
+    """The group for a key that serves, or will soonest."""
+    present = [group for group in groups if group.key == key]
+    return min(present, key=lambda group: NEAREST.index(group.state), default=None)
 
 
 MAX_BACKOFF = 60.0

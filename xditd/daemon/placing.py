@@ -33,7 +33,7 @@ class Placing:
         """The next run that gets a place, and where; None while there is none. It is bound before another is asked for.
 
         A group's weights have one set of LoRAs merged. So it takes runs with that set, and with another when no run is
-        on it; and while a run waits for that, no other passes it there.
+        on it; and while a run waits for that, or for room for its LoRAs, no other passes it there.
 
         Args:
             groups: that are ready and take runs.
@@ -43,12 +43,26 @@ class Placing:
         free = {group.key: group for group in groups if roster.count_on(group) < self.places}
         for run in roster.line.firsts(now) if free else ():
             free_for_it = [free[key] for key in run.keys if key in free]
-            fitting = _with_its_loras(run, free_for_it, roster)
+            roomy = [group for group in free_for_it if group.has_room_for(run.lora_bytes)]
+            fitting = _with_its_loras(run, roomy, roster)
             if fitting:
                 return run, fitting[0] if len(fitting) == 1 else self._choose(run, fitting, roster, groups)
             if free_for_it:
                 del free[min(free_for_it, key=roster.count_on).key]
         return None
+
+    def lora_bytes(self, roster: Roster, group: Group, groups: Collection[Group], now: float) -> int:
+        """For LoRAs of how many bytes a group should have room: those of the run that it takes next, if no replica has that."""
+        if not group.key.plan.weight_dtype:  # into its weights they are merged
+            return 0
+        run = next((run for run in roster.line.firsts(now) if group.key in run.keys), None)
+        if run is None or any(
+            one.key in run.keys and one.has_room_for(run.lora_bytes)
+            for one in groups
+            if one is not group and one.state in ("ready", "starting", "waking")
+        ):
+            return 0
+        return run.lora_bytes
 
     def _choose(self, run: Run, fitting: Sequence[Group], roster: Roster, groups: Collection[Group]) -> Group:
         """The replica that the run's scheduling chooses."""

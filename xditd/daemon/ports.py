@@ -97,6 +97,9 @@ class Listener(Protocol):
     def holds(self, group: Group) -> bool:
         """Whether a run is bound to it."""
 
+    def lora_bytes(self, group: Group, now: float) -> int:
+        """For LoRAs of how many bytes it should have room: those of the run that it takes next."""
+
     def group_starting(self, group: Group, now: float) -> None:
         """Its slowest rank has come to another phase."""
 

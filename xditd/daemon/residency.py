@@ -1,6 +1,6 @@
 """Which models stay in memory: whether one more has room, who makes room for it, who has stayed long enough. Pure.
 
-A group is counted with an estimate (weights, and a margin for activations) until its last rank is gone; what devices
+A group is counted with an estimate (weights, a margin for activations, LoRAs beside weights in fp8) until its last rank is gone; what devices
 say themselves counts too, so that other programs are seen. All CPU ranks share one memory, the machine's.
 """
 
@@ -86,12 +86,14 @@ class Residency:
         self.margin = margin
         self.patience = patience
 
-    def needs(self, found: Found, key: Key) -> dict[str, int]:
-        """Bytes that a group takes in a turn, by the pool of memory: of each rank its weights, and a margin for activations."""
+    def needs(self, found: Found, key: Key, loras: int = 0) -> dict[str, int]:
+        """Bytes that a group takes in a turn, by the pool of memory: of each rank its weights, a margin for activations, and
+        LoRAs, which lie beside weights in fp8 and are merged into any other."""
         needs: dict[str, int] = {}
+        beside = loras if key.plan.weight_dtype else 0
         for device in key.plan.devices:
             needs.setdefault(pool(device), 0)
-            needs[pool(device)] += weights(found.info, key.dtype, key.plan) + self.margin
+            needs[pool(device)] += weights(found.info, key.dtype, key.plan) + self.margin + beside
         return needs
 
     def passing(self, group: Group, where: str) -> int:
@@ -105,46 +107,68 @@ class Residency:
         """Bytes that the groups are counted with on a device's memory."""
         return sum(self._of(group, pool(device)) for group in groups if _holds(group))
 
-    def too_large(self, found: Found, key: Key) -> str:
-        """Why the model can never have room, whoever else leaves; "" where it can."""
-        for where, needed in self.needs(found, key).items():
+    def too_large(self, found: Found, key: Key, loras: int = 0) -> str:
+        """Why the model can never have room, whoever else leaves; "" where it can.
+
+        Args:
+            loras: bytes of those that a run asks for.
+        """
+        besides = " with its LoRAs" if loras and key.plan.weight_dtype else ""
+        for where, needed in self.needs(found, key, loras).items():
             memory = self.memory.memory(where)
             if memory is not None and needed > memory.total:
                 return (
-                    f"{found.info.name} needs {_gib(needed)} on {where}, but the daemon may use {_gib(memory.total)} "
+                    f"{found.info.name}{besides} needs {_gib(needed)} on {where}, but the daemon may use {_gib(memory.total)} "
                     f"of it; spread it over more devices or raise the limit"
                 )
         return ""
 
     def decide(
-        self, group: Group, groups: Sequence[Group], in_use: Callable[[Group], bool], now: float
+        self,
+        group: Group,
+        groups: Sequence[Group],
+        in_use: Callable[[Group], bool],
+        now: float,
+        loras: int = 0,
     ) -> Verdict:
-        """Whether a group that waits, or that is to wake, has room, and who is to make some."""
+        """Whether a group has room that waits, that is to wake, or that serves and lacks room for LoRAs alone; and who is to make
+        some.
+
+        Args:
+            loras: bytes of those that the run has which it takes next.
+        """
+        if loras and (problem := self.too_large(group.found, group.key, loras)):
+            return Verdict(never=problem)
         since = group.started if group.asked is None else group.asked
+        serves = _holds(group)
+        there_already = self.needs(group.found, group.key, group.lora_bytes) if serves else {}
+        who = f"What LoRAs add to {group.found.info.name}" if serves else group.found.info.name
         evict: list[Group] = []
         hold: list[Group] = []
         coming = False  # memory that is on its way back
-        for where, needed in self.needs(group.found, group.key).items():
+        for where, all_needed in self.needs(group.found, group.key, loras).items():
             memory = self.memory.memory(where)
             if memory is None:
                 continue
+            needed = all_needed - there_already.get(where, 0)
             there = [one for one in groups if _holds(one) and where in self.needs(one.found, one.key)]
-            own = self.passing(group, where)
+            others = [one for one in there if one is not group]
+            own = 0 if serves else self.passing(group, where)
             lacking: float = (
                 needed - own + self._passing(there, where, own) - self._room(memory, there, where)
             )
             if lacking <= 0:
                 continue
-            leaving = [one for one in there if one.state in ("leaving", "failed", "dozing")]
+            leaving = [one for one in others if one.state in ("leaving", "failed", "dozing")]
             coming = coming or bool(leaving)
             lacking -= sum(self._back(one, where) for one in (*leaving, *evict))
-            idle = [g for g in there if not in_use(g)]
+            idle = [g for g in others if not in_use(g)]
             lacking = self._take(lacking, idle, where, evict, now)
             lacking = self._take_passing(lacking, idle, there, where, own, evict)
-            busy = [g for g in there if in_use(g) and g.state in IDLING]
+            busy = [g for g in others if in_use(g) and g.state in IDLING]
             if lacking > 0 and not busy and not evict and not leaving and now - since > SETTLE:
                 return Verdict(
-                    never=f"{group.found.info.name} needs {_gib(needed)} on {where}, {_gib(lacking)} more than is "
+                    never=f"{who} needs {_gib(needed)} on {where}, {_gib(lacking)} more than is "
                     f"free; another program holds the rest",
                     where=where,
                 )
@@ -228,7 +252,8 @@ class Residency:
 
     def _of(self, group: Group, where: str) -> int:
         """Bytes that it is counted with, whether it has a turn or not."""
-        return self.needs(group.found, group.key).get(where, 0) - self.passing(group, where)
+        needs = self.needs(group.found, group.key, group.lora_bytes)
+        return needs.get(where, 0) - self.passing(group, where)
 
     def _passing(self, groups: Iterable[Group], where: str, own: int) -> int:
         """The most that one of these takes in a turn alone, or one that takes `own`."""

@@ -85,6 +85,7 @@ class Run:
     scheduling: str = "round_robin"
     loras: tuple[Merge, ...] = ()  # that its turns are done with
     lora: tuple[LoraMatch, ...] = ()  # what they change, for its client
+    lora_bytes: int = 0  # that they take of each device where they lie beside weights in fp8
     state: str = "queued"
     group: str = ""
     asked: Asked | None = None
@@ -117,11 +118,8 @@ class Run:
         ladder: Ladder | None = None,
     ) -> Run:
         """A run as the request has it."""
-        merged = (
-            Merge(path=one.path, strength=one.match.strength, stamp=one.stamp)
-            for one in loras
-            if one.match.strength
-        )
+        had = [one for one in loras if one.match.strength]
+        merged = (Merge(path=one.path, strength=one.match.strength, stamp=one.stamp) for one in had)
         return cls(
             id=number,
             peer=peer,
@@ -136,6 +134,7 @@ class Run:
             scheduling=request.plan.scheduling,
             loras=tuple(merged),
             lora=tuple(one.match for one in loras),
+            lora_bytes=sum(one.bytes for one in had) + max((one.adding for one in had), default=0),
             touched=now,
             ladder=ladder or Ladder(),
         )

@@ -8,9 +8,11 @@ kept in 8 bits stays as it is: what LoRAs add to it is added each time that it i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 
 import torch
 
+from xditd.catalog.lora_file import Pair
 from xditd.catalog.lora_fit import Change, fit
 from xditd.models.reading import WeightFile
 from xditd.models.splits import Cut
@@ -18,6 +20,8 @@ from xditd.models.uploading import Wanted, has_memory, upload
 from xditd.protocol.orders import Merge
 
 Changes = list[tuple[Change, WeightFile, float]]
+
+Matrices = tuple[torch.Tensor, torch.Tensor]
 
 
 class Loras:
@@ -63,14 +67,8 @@ class Loras:
         self._held = None
         stale = self._changed | changes.keys()
         self._changed = set(stale)
-        made = []
-        for name in stale:
-            placed, of_one = self._file.placed[name], changes.get(name, [])
-            if placed.kept is not None:
-                placed.kept.added = [Product(*change, self._device, placed.cut) for change in of_one]
-            else:
-                made.append(name)
-        self._make(made, changes)
+        self._lay_beside(stale, changes)
+        self._make([name for name in stale if self._file.placed[name].kept is None], changes)
         self._changed = set(changes)
         self._held = merges
 
@@ -84,6 +82,22 @@ class Loras:
                 if change.target.parameter in self._file.placed:
                     changes.setdefault(change.target.parameter, []).append((change, file, merge.strength))
         return changes
+
+    def _lay_beside(self, names: Collection[str], changes: Mapping[str, Changes]) -> None:
+        """Has changes of parameters that are kept in 8 bits where they are cast. No two sets are on the device at once."""
+        kept = {name: one.kept for name in names if (one := self._file.placed[name]).kept is not None}
+        for beside in kept.values():
+            beside.added = ()
+
+        @cache  # some pairs change several parameters
+        def lying(file: WeightFile, pair: Pair) -> Matrices:
+            return matrices(file, pair, self._device)
+
+        for name, beside in kept.items():
+            beside.added = [
+                Product(change, file, strength, lying(file, change.pair), self._file.placed[name].cut)
+                for change, file, strength in changes.get(name, [])
+            ]
 
     def _make(self, names: Collection[str], changes: Mapping[str, Changes]) -> None:
         """Parameters from the model's file, with these changes."""
@@ -111,9 +125,9 @@ class Loras:
     def _merge(self, name: str, value: torch.Tensor, changes: Mapping[str, Changes]) -> None:
         """Adds a parameter's changes to its value of the file, and has it be that."""
         placed, of_one = self._file.placed[name], changes.get(name, [])
-        for change in of_one:
-            # Not in place: it may be the file's own pages.
-            value = value + Product(*change, self._device, placed.cut)().reshape(value.shape)
+        for change, file, strength in of_one:
+            product = Product(change, file, strength, matrices(file, change.pair, self._device), placed.cut)
+            value = value + product().reshape(value.shape)  # not in place: it may be the file's own pages
         value = value.to(self._dtype)
         if placed.home is not None:
             placed.home.put(value, own=bool(of_one))
@@ -123,22 +137,28 @@ class Loras:
             placed.parameter.data = value
 
 
+def matrices(file: WeightFile, pair: Pair, device: torch.device) -> Matrices:
+    """A pair's up [outputs, rank] and down [rank, inputs], copied to the device in the file's dtype."""
+    up, down = (file.tensor(key).to(device).flatten(1) for key in (pair.up, pair.down))
+    return up, down
+
+
 class Product:
     """What is added to a parameter, float32 [rows, columns]: strength · alpha / rank · up · down, or its rows of that.
 
     Args:
         change: which pair of matrices, and of which rows.
-        file: of the LoRA. Its matrices are copied to the device.
+        file: of the LoRA.
         strength: that it is merged with.
-        device: where it is computed.
+        lying: the pair's matrices.
         cut: takes this rank's part of it.
     """
 
     def __init__(
-        self, change: Change, file: WeightFile, strength: float, device: torch.device, cut: Cut | None
+        self, change: Change, file: WeightFile, strength: float, lying: Matrices, cut: Cut | None
     ) -> None:
         pair, self._target = change.pair, change.target
-        self._up, self._down = (file.tensor(key).to(device).flatten(1) for key in (pair.up, pair.down))
+        self._up, self._down = lying
         alpha = float(file.tensor(pair.alpha)) if pair.alpha else float(pair.rank)
         self._factor = strength * (alpha / pair.rank)
         self._cut = cut
@@ -149,5 +169,5 @@ class Product:
             up = up[rows[0] : rows[1]]
         if self._target.swapped:
             up = torch.cat(up.chunk(2)[::-1])
-        added = (up @ self._down.to(torch.float32)) * self._factor
+        added = (up @ self._down.to(torch.float32)).mul_(self._factor)
         return added if self._cut is None else self._cut(added)

@@ -46,9 +46,11 @@ class Kept:
         value = self.parameter.data
         if self.scale == 1.0 and not self.added:
             return value.to(dtype)
-        value = value.to(torch.float32) * self.scale
+        value = value.to(torch.float32).mul_(
+            self.scale
+        )  # in place: what this takes is counted (`catalog.lora_fit`)
         for add in self.added:
-            value = value + add().reshape(value.shape)
+            value.add_(add().reshape(value.shape))
         return value.to(dtype)
 
 
