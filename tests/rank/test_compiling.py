@@ -21,6 +21,7 @@ from xditd.protocol import orders
 from xditd.protocol.messages import DenoiseItem
 from xditd.rank import compiling, xfuser_seam
 from xditd.rank.compiling import ATTEMPTS, Settled, compile_layers
+from xditd.rank.failures import explain
 
 CPU = torch.device("cpu")
 
@@ -118,6 +119,20 @@ def test_what_compiles_at_every_call_is_answered_all_the_same(monkeypatch: pytes
 
     assert Settled(call, alone=True)(torch.ones(1)) == 1
     assert len(calls) == ATTEMPTS
+
+
+def test_what_cannot_be_compiled_says_why_and_what_would_do() -> None:
+    def backend(graph: object, inputs: object) -> Any:
+        raise OSError("No working C++ compiler found in /usr/bin.")
+
+    layer = Layer()
+    layer.compile(fullgraph=True, backend=backend)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        layer(torch.zeros(3, 4))
+    code, message = explain(caught.value)
+    assert code == "rank_failed"
+    assert message.startswith("The model's layers could not be compiled: OSError: No working C++ compiler")
+    assert "compute.compile = false" in message
 
 
 def test_ranks_that_meet_in_a_call_make_the_first_one_twice_whoever_of_them_compiles(

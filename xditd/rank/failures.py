@@ -33,7 +33,22 @@ def explain(error: BaseException) -> tuple[str, str]:
             Code.OUT_OF_MEMORY.value,
             f"The device ran out of memory: {_first_line(error)} A smaller image, batch or more devices would fit.",
         )
+    if (cause := _not_compiled(error)) is not None:
+        return (
+            Code.RANK_FAILED.value,
+            f"The model's layers could not be compiled: {type(cause).__name__}: {_first_line(cause)} "
+            "Set compute.compile = false, or install what is missing (a C++ compiler, a triton that fits this torch).",
+        )
     return Code.RANK_FAILED.value, f"The rank failed: {type(error).__name__}: {_first_line(error)}"
+
+
+def _not_compiled(error: BaseException) -> BaseException | None:
+    """Why torch.compile gave up, if that is what happened."""
+    dynamo = sys.modules.get("torch._dynamo.exc")
+    if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+        return None
+    cause: BaseException = getattr(error, "inner_exception", error)
+    return cause
 
 
 def out_of_memory(error: BaseException) -> bool:
