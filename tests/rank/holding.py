@@ -31,6 +31,7 @@ from xditd.models.making_transformers import (
     sd3_facts,
 )
 from xditd.models.reading import held
+from xditd.protocol.plans import FP8
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "exactness.md"
 BEGIN, END = "<!-- held: made by tests.rank.holding -->", "<!-- /held -->"
@@ -45,6 +46,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "pipefusion 2": {"pipefusion": 2},
     "layerwise offload": {"plan": {"offload": "layerwise"}},
     "tensor 2, layerwise offload": {"tensor": 2, "plan": {"offload": "layerwise"}},
+    FP8[0]: {"plan": {"weight_dtype": FP8[0]}},
+    f"tensor 2, {FP8[0]}": {"tensor": 2, "plan": {"weight_dtype": FP8[0]}},
 }
 BY_HALF = ("tensor 2", "ulysses 2, sharded")
 """Plans that are held to the bound."""
