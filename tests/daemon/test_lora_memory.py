@@ -6,6 +6,7 @@ import pytest
 
 from tests.daemon.world import World
 from xditd.daemon.fallback import Ladder
+from xditd.daemon.groups import Group
 from xditd.daemon.residency import SETTLE
 from xditd.daemon.runs import Run
 from xditd.protocol import messages as m
@@ -35,6 +36,17 @@ def served(world: World, run: Run) -> Run:
         world.ready(world.started[-1])
     assert run.state == "bound"
     return run
+
+
+def replicas(world: World) -> list[Group]:
+    """Two of flux, each on a device of its own, that serve and have no run."""
+    world.devices = ("cuda:0", "cuda:1")
+    runs = [world.open(ref=FLUX, replicas=2, weight_dtype=FP8) for _ in range(2)]
+    for group in list(world.started):
+        world.ready(group)
+    for run in runs:
+        end(world, run)
+    return list(world.core.fleet.groups.values())
 
 
 def states(world: World) -> dict[str, str]:
@@ -185,14 +197,27 @@ def test_where_a_model_that_starts_lacks_room_for_loras_alone_others_are_served(
     served(world, plain)
 
 
+def test_whose_loras_are_small_enough_is_not_refused_with_whose_are_not() -> None:
+    world = world_of_a_hundred(memory_others=50)
+    end(world, served(world, flux(world)))
+    large, small = flux(world, INK), flux(world, SMALL)
+    world.pass_time(SETTLE + 1)
+    assert (large.code, small.code, small.state) == (CODE, "", "bound")
+
+
+def test_where_no_replica_can_have_room_for_loras_nobody_waits_for_ever() -> None:
+    world = world_of_a_hundred(memory_others=50)
+    two = replicas(world)
+    run, plain = (world.open(ref=FLUX, replicas=2, weight_dtype=FP8, loras=loras) for loras in ([INK], []))
+    assert [run.state, plain.state] == ["queued", "bound"]
+    world.pass_time(SETTLE + 1)
+    assert (run.code, world.end_of(run.reopen).code) == (CODE, CODE)
+    assert [group.state for group in two] == ["ready", "ready"]
+
+
 def test_of_replicas_one_has_room_made_for_loras() -> None:
     world = world_of_a_hundred()
-    world.devices = ("cuda:0", "cuda:1")
-    runs = [world.open(ref=FLUX, replicas=2, weight_dtype=FP8) for _ in range(2)]
-    for group in list(world.started):
-        world.ready(group)
-    for run in runs:
-        end(world, run)
+    replicas(world)
     run = world.open(ref=FLUX, replicas=2, weight_dtype=FP8, loras=[INK])
     assert run.state == "bound"
     residency, everybody = world.core.fleet.residency, world.core.fleet.groups.values()

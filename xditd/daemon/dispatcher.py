@@ -314,9 +314,12 @@ class Dispatcher:
 
     def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
         for run in self._hopeless(group):
-            if group.alive and group.has_room_for(run.lora_bytes):
-                continue  # it lacks room for the LoRAs of others alone
             self.ends.descend(run, "start", code, message, group, now)
+
+    def no_room_for_loras(self, groups: Sequence[Group], loras: int, message: str, now: float) -> None:
+        for run in self._hopeless(*groups):
+            if run.lora_bytes >= loras:
+                self.ends.descend(run, "start", Code.OUT_OF_MEMORY, message, groups[-1], now)
 
     def settle(self, now: float) -> None:
         """Starts what has room, binds runs for which there is a place, gives turns."""

@@ -151,6 +151,7 @@ class Fleet:
         spoken_for: set[str] = set()
         held: set[str] = set()
         before: set[Key] = set()
+        short: list[tuple[Group, int]] = []  # that can never have room for LoRAs of so many bytes
         for group in waiting:
             needs = set(self.residency.needs(group.found, group.key))
             if group.state == "waiting" and not self._wanted(group):
@@ -170,7 +171,9 @@ class Fleet:
                     if group.has_room_for(loras):
                         self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now, verdict.where)
                     else:  # for LoRAs alone
-                        self.listener.given_up(group, Code.OUT_OF_MEMORY, f"{verdict.never}.", now)
+                        short.append((group, loras))
+                        alike = [one for one, lacking in short if lacking <= loras]
+                        self.listener.no_room_for_loras(alike, loras, f"{verdict.never}.", now)
                     continue
                 held |= {one.name for one in verdict.hold}
                 for one in verdict.sleep:
@@ -204,12 +207,7 @@ class Fleet:
         self.listener.group_starting(group, now)
 
     def rank_ready(self, group: Group, report: o.RankReady, now: float) -> None:
-        rank = group.ranks[report.rank]
-        rank.phase = "ready"
-        rank.device_memory = report.device_memory
-        rank.attention = report.attention
-        rank.weights = report.weights
-        rank.host_weights = report.host_weights
+        group.ranks[report.rank].ready(report)
         if group.state == "starting" and group.all_ready:
             group.ready_after = now - group.started
             self._ready(group, now)

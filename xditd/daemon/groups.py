@@ -16,7 +16,7 @@ from xditd.daemon import states
 from xditd.daemon.runs import Key
 from xditd.protocol.figures import GroupStatus, RankStatus
 from xditd.protocol.messages import ModelRef
-from xditd.protocol.orders import Merge
+from xditd.protocol.orders import Merge, RankReady
 
 PHASES = ("starting", "importing", "joining", "loading", "ready")
 """The phases of a starting rank, in order."""
@@ -40,6 +40,14 @@ class Rank:
     @property
     def gone(self) -> bool:
         return self.phase == "gone"
+
+    def ready(self, report: RankReady) -> None:
+        """It has its weights, and says what they take and how it computes."""
+        self.phase = "ready"
+        self.device_memory = report.device_memory
+        self.attention = report.attention
+        self.weights = report.weights
+        self.host_weights = report.host_weights
 
 
 @dataclass(slots=True)
