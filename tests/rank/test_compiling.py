@@ -135,6 +135,33 @@ def test_what_cannot_be_compiled_says_why_and_what_would_do() -> None:
     assert "compute.compile = false" in message
 
 
+def test_memory_that_lacks_while_layers_are_compiled_is_told_as_that() -> None:
+    """So that a plan that takes less is tried (`fallback`)."""
+
+    def backend(graph: object, inputs: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    layer = Layer()
+    layer.compile(fullgraph=True, backend=backend)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        layer(torch.zeros(3, 4))
+    code, message = explain(caught.value)
+    assert code == "out_of_memory"
+    assert "Tried to allocate 2.00 GiB." in message
+
+
+def test_layers_that_are_compiled_too_often_say_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    layer = Layer()
+    layer.compile(fullgraph=True, dynamic=False, backend="eager")
+    layer(torch.zeros(3, 4))
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit) as caught:
+        layer(torch.zeros(5, 4))
+    code, message = explain(caught.value)
+    assert code == "rank_failed"
+    assert message.startswith("The model's layers could not be compiled")
+
+
 def test_ranks_that_meet_in_a_call_make_the_first_one_twice_whoever_of_them_compiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

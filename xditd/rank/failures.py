@@ -28,12 +28,13 @@ def explain(error: BaseException) -> tuple[str, str]:
     """The code and the sentence of an exception."""
     if isinstance(error, XditError):
         return str(error.code.value if isinstance(error.code, Code) else error.code), error.message
-    if out_of_memory(error):
+    cause = _not_compiled(error)
+    if out_of_memory(cause or error):
         return (
             Code.OUT_OF_MEMORY.value,
-            f"The device ran out of memory: {_first_line(error)} A smaller image, batch or more devices would fit.",
+            f"The device ran out of memory: {_first_line(cause or error)} A smaller image, batch or more devices would fit.",
         )
-    if (cause := _not_compiled(error)) is not None:
+    if cause is not None:
         return (
             Code.RANK_FAILED.value,
             f"The model's layers could not be compiled: {type(cause).__name__}: {_first_line(cause)} "
@@ -45,7 +46,9 @@ def explain(error: BaseException) -> tuple[str, str]:
 def _not_compiled(error: BaseException) -> BaseException | None:
     """Why torch.compile gave up, if that is what happened."""
     dynamo = sys.modules.get("torch._dynamo.exc")
-    if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+    if dynamo is None:
+        return None
+    if not isinstance(error, (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit)):
         return None
     cause: BaseException = getattr(error, "inner_exception", error)
     return cause
