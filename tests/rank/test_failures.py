@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.rank.ranks import Ranks, framed, running
 from xditd.models.making import make_flux
+from xditd.models.pinning import Pinned
 from xditd.protocol import orders
 from xditd.protocol.messages import DenoiseItem
-from xditd.rank.failures import let_go
+from xditd.rank.failures import explain, let_go
 
 SMALL = {"heads": 2, "head_dim": 32, "context_width": 64, "pooled_width": 32}
 
@@ -48,6 +49,12 @@ def test_out_of_memory_has_its_own_code(tmp_path: Path) -> None:
         turn(ranks, 1)
         failed, _ = ranks.wait(orders.RankFailed)
         assert (failed.code, failed.alive) == ("out_of_memory", True)
+
+
+def test_memory_of_the_host_that_lacks_for_weights_to_wait_in_has_it_too() -> None:
+    with pytest.raises(OSError, match="memory") as caught:
+        Pinned(1 << 50, torch.device("cpu"))  # more than there are addresses
+    assert explain(caught.value)[0] == "out_of_memory"
 
 
 def test_an_exception_in_a_world_of_two_ends_the_rank(tmp_path: Path) -> None:
