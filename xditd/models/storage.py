@@ -46,9 +46,8 @@ class Kept:
         value = self.parameter.data
         if self.scale == 1.0 and not self.added:
             return value.to(dtype)
-        value = value.to(torch.float32).mul_(
-            self.scale
-        )  # in place: what this takes is counted (`catalog.lora_fit`)
+        # In place: what this takes is counted (`catalog.lora_fit`).
+        value = value.to(torch.float32).mul_(self.scale)
         for add in self.added:
             value.add_(add().reshape(value.shape))
         return value.to(dtype)

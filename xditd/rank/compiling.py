@@ -26,7 +26,7 @@ def compile_layers(
             before, between and after is.
         backend: of torch.compile.
     """
-    torch._dynamo.config.recompile_limit = VARIANTS  # past it a call fails
+    torch._dynamo.config.recompile_limit = VARIANTS  # past it a call fails; where ranks meet, it runs eagerly
     # Each by itself, so that 57 of two kinds cost two; dynamic, so that a new size costs a fifth of a second.
     for layer in layers:
         layer.compile(fullgraph=alone, dynamic=True, backend=backend)
