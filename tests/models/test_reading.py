@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xditd.catalog.families.expected import LOADABLE
 from xditd.models import families
-from xditd.models.filling import fill
+from xditd.models.filling import fill, unfilled
 from xditd.models.making import flux_facts, make_checkpoint, make_flux, make_models, make_vae, vae_facts
 from xditd.models.reading import Piece, WeightFile
+from xditd.models.splits import Kind, Split
 from xditd.protocol.errors import Code, XditError
+from xditd.rank.tensor import TensorParallel
 
 SMALL = {"heads": 2, "head_dim": 32, "context_width": 64, "pooled_width": 32}
 CPU = torch.device("cpu")
@@ -81,6 +86,61 @@ def test_a_network_that_the_file_does_not_fill_is_refused_by_name(tmp_path: Path
             fill(linear, pieces, file, CPU, torch.float32)
         assert caught.value.code == Code.FILE_INVALID
     fill(linear, {"weight": Piece("w"), "bias": Piece("b", rows=(1, 5))}, file, CPU, torch.float32)
+
+
+def test_a_buffer_stays_one_and_a_layer_under_two_names_is_one(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3, 3), "mean": torch.arange(3.0)}, tmp_path / "w.safetensors")
+    with unfilled():
+        linear = torch.nn.Linear(3, 3, bias=False)
+        network = torch.nn.Sequential(linear, torch.nn.BatchNorm1d(3, affine=False), linear)
+        del network[1].num_batches_tracked
+        del network[1].running_var
+    pieces = {"0.weight": Piece("w"), "2.weight": Piece("w"), "1.running_mean": Piece("mean")}
+    fill(network, pieces, WeightFile(tmp_path / "w.safetensors"), CPU, torch.float32)
+    assert dict(network.named_buffers()).keys() == {"1.running_mean"}
+    assert torch.equal(network[1].running_mean, torch.arange(3.0))
+    assert [(name, one.requires_grad) for name, one in network.named_parameters()] == [("0.weight", False)]
+    assert torch.equal(network[2].weight, torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nn.Linear(3, 4),
+        lambda: torch.nn.Conv2d(3, 4, 3),
+        lambda: torch.nn.Embedding(3, 4),
+    ],
+    ids=["linear", "convolution", "embedding"],
+)
+def test_layers_that_are_read_afterwards_draw_no_first_numbers(make: Callable[[], torch.nn.Module]) -> None:
+    with Drawn() as plain:
+        torch.nn.Linear(3, 4)
+    assert plain.count == 2, "a weight and a bias"
+    with Drawn() as drawn, unfilled():
+        layer = make()
+    assert layer.weight.is_meta
+    assert drawn.count == 0
+
+
+@pytest.mark.parametrize("kind", ["inputs", "outputs", "gathered"])
+def test_nor_do_shares_of_layers(kind: Kind) -> None:
+    whole = torch.nn.Linear(4, 4, device="meta")
+    with Drawn() as drawn:
+        share = TensorParallel(2, 0, None)._share(whole, Split(kind))
+    assert share.weight.is_meta
+    assert drawn.count == 0
+
+
+class Drawn(TorchDispatchMode):
+    """Counts how often random numbers are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", ["flux", "autoencoder_kl"])

@@ -15,6 +15,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
+from xditd.models.filling import unfilled
 from xditd.models.splits import Cut, Split, Splits
 
 
@@ -71,7 +72,7 @@ class TensorParallel:
 
     def _share(self, whole: nn.Linear, split: Split) -> nn.Linear:
         inputs, outputs, biased = whole.in_features, whole.out_features, whole.bias is not None
-        with torch.device("meta"):
+        with unfilled():
             if split.kind == "inputs":
                 return Summed(inputs // self.degree, outputs, biased, self._group)
             if split.kind == "gathered":
