@@ -240,6 +240,7 @@ def test_a_hanging_turn_kills_the_group_at_its_deadline():
     world.pass_time(2)
     assert world.killed == [group]
     assert group.code == "deadline_exceeded"
+    assert "50 s (deadlines.first_turn)" in group.problem
 
 
 def test_later_turns_have_the_shorter_deadline():
@@ -249,7 +250,8 @@ def test_later_turns_have_the_shorter_deadline():
     world.finish_turn(world.group(run))
     world.denoise(run)
     world.pass_time(DEADLINES.turn + 1)
-    assert len(world.killed) == 1
+    (group,) = world.killed
+    assert "10 s (deadlines.turn)" in group.problem
 
 
 def test_a_load_that_raises_is_given_up_at_once_with_its_reason():

@@ -23,7 +23,7 @@ class Deadlines:
         if group.state in ("starting", "dozing", "waking") and now - group.started > self.load:
             return f"It was not ready within {self.load:g} s (deadlines.load): still {group.phase}"
         if group.state == "ready" and group.turn is not None:
-            allowed = self.turn if group.turns else self.first_turn
+            which, allowed = ("turn", self.turn) if group.turns else ("first_turn", self.first_turn)
             if now - group.turn_since > allowed:
-                return f"A turn took longer than {allowed:g} s (deadlines.turn): a rank hangs"
+                return f"A turn took longer than {allowed:g} s (deadlines.{which}): a rank hangs"
         return ""
