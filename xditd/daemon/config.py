@@ -162,7 +162,7 @@ class Restart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Compute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How ranks compute, where a request does not say."""
 
-    compile: bool = False  # torch.compile of the repeated blocks
+    compile: bool = False  # torch.compile of a transformer's layers, each by itself
     dtype: Dtype = ""  # "" is the file's own on a GPU, float32 on a CPU
     # a plan that cannot be had: fewer devices do it, and everybody is told ("auto"), or it fails
     fallback: Literal["auto", "never"] = "auto"

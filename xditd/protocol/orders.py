@@ -37,7 +37,7 @@ class RankSpec(Struct, frozen=True, kw_only=True):
     arena_fd: int = -1  # rank 0: the socket that segments' descriptors come by
     lane_fd: int = -1  # a shortcut for orders without frames (`handoff.lane`); without it they come by ZeroMQ
     threads: int = 0  # of a CPU rank; 0 leaves torch's choice
-    compile: bool = False  # regional torch.compile
+    compile: bool = False  # torch.compile of layers, each by itself
     attention: str = ""  # a transformer's kernel (`protocol.kernels`); "" is the best that there is
     options: dict[str, str] = field(default_factory=dict)  # of tests and benchmarks
 
