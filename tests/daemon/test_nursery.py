@@ -40,13 +40,22 @@ def pytest_adopts_no_orphans() -> Iterator[None]:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
+@pytest.fixture
+def children() -> Callable[[], list[psutil.Process]]:
+    """Those of this process that it had not when the test began: tests before it have left it one that forks ranks (`tests.warm`)."""
+    before = set(psutil.Process().children())
+    return lambda: [child for child in psutil.Process().children() if child not in before]
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Looks every millisecond."""
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.001)
 
 
-def test_fifty_starts_leave_no_descriptor_and_no_process(tmp_path: Path) -> None:
+def test_fifty_starts_leave_no_descriptor_and_no_process(
+    tmp_path: Path, children: Callable[[], list[psutil.Process]]
+) -> None:
     told: list[tuple[str, int]] = []
     longest = [0.0]
 
@@ -86,12 +95,12 @@ def test_fifty_starts_leave_no_descriptor_and_no_process(tmp_path: Path) -> None
 
         def left() -> list[psutil.Process]:
             executor.reap_strays()
-            return [child for child in psutil.Process().children() if child.pid != nursery.child.pid]
+            return [child for child in children() if child.pid != nursery.child.pid]
 
         await until(lambda: not left())  # those who were forked and not wanted any more
         executor.close()
         await until(lambda: not left())  # and who was being forked as the nursery was ended
-        assert psutil.Process().children() == []
+        assert children() == []
         assert len(os.listdir("/proc/self/fd")) < before
 
     asyncio.run(asyncio.wait_for(story(), 120))
@@ -156,7 +165,7 @@ def test_a_daemon_lives_without_a_nursery_that_cannot_be_started(
 
 
 def test_a_nursery_that_is_given_up_takes_nobody_though_it_cannot_be_killed_yet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, children: Callable[[], list[psutil.Process]]
 ) -> None:
     async def story() -> None:
         nursery = Nursery()
@@ -168,6 +177,6 @@ def test_a_nursery_that_is_given_up_takes_nobody_though_it_cannot_be_killed_yet(
             spec = spec_of(tmp_path)
             assert nursery.ask(spec, environment(spec), ()) is None
         nursery.close()
-        assert psutil.Process().children() == []
+        assert children() == []
 
     asyncio.run(asyncio.wait_for(story(), 60))
