@@ -133,7 +133,9 @@ def test_a_nursery_that_does_not_answer_is_not_waited_for(
         executor.spawn(spec, environment(spec))
         assert pids == []
         await until(lambda: pids)
-        assert psutil.Process(pids[0]).cmdline() == ["sleep", "60"]
+        rank = psutil.Process(pids[0])
+        await until(rank.cmdline)  # it has none for a moment, while the kernel makes it the program
+        assert rank.cmdline() == ["sleep", "60"]
         await until(lambda: nursery.state == "ended")
         assert nursery.problem == "It did not fork a rank in time"
         executor.close()
