@@ -14,11 +14,15 @@ from torch import nn
 from tests.rank.families import CASES, Case, Tensors, normal
 from tests.rank.ranks import framed, running, tensor_of
 from tests.rank.reference import error
+from xditd.catalog.detection import recognise
 from xditd.models.families import FAMILIES, load
 from xditd.models.making import flux_facts, make_flux
+from xditd.models.making_loras import make_lora
+from xditd.models.reading import WeightFile
 from xditd.models.splits import in_layers
 from xditd.protocol import orders
 from xditd.protocol.messages import DenoiseItem
+from xditd.protocol.orders import Merge
 from xditd.rank import compiling, xfuser_seam
 from xditd.rank.compiling import ATTEMPTS, Settled, compile_layers
 from xditd.rank.failures import explain
@@ -220,6 +224,57 @@ def test_a_world_with_compiled_layers_computes_what_one_process_does(
     with capsys.disabled():
         print(f"\n  {name}, {degrees}, compiled: {', '.join(f'{figure:.1e}' for figure in figures)}", end="")
     assert max(figures) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"ulysses": 2},
+        *(
+            pytest.param(degrees, marks=pytest.mark.soak)
+            for degrees in ({"tensor": 2}, {"tensor": 2, "ulysses": 2}, {"cfg": 2, "ulysses": 2})
+        ),
+    ],
+    ids=str,
+)
+def test_a_world_with_compiled_layers_takes_whatever_comes(tmp_path: Path, degrees: dict[str, Any]) -> None:
+    """One call and two, which groups of cfg share, LoRAs, a batch, and a sleep in between: nobody waits for a call that another
+    does not make."""
+    case = CASES["pixart_alpha"]
+    path = case.make(tmp_path / "model.safetensors")
+    plain = load(case.family, path, "transformer", CPU, torch.float32)
+    lora = make_lora(
+        tmp_path / "lora.safetensors", case.family, recognise(WeightFile(path).header, "transformer").facts
+    )
+    given = case.conditioning(15)
+    with running(
+        tmp_path / "r",
+        path=path,
+        family=case.family,
+        **degrees,
+        compiled=True,
+        options={"compiler": "eager"},
+    ) as ranks:
+        for number, (calls, batch, strength) in enumerate(
+            ((1, 1, 0.0), (2, 1, 0.8), (2, 2, 0.8), (1, 1, 0.0)), 1
+        ):
+            merges = (Merge(path=str(lora), strength=strength),)
+            ranks.condition(number, "c", given)
+            ranks.send(orders.SetLoras(run=number, loras=merges))
+            plain.loras.hold(merges)
+            given_x = [normal(batch, case.channels, *case.sizes[0]) for _ in range(calls)]
+            described, frames = framed(given_x)
+            items = tuple(DenoiseItem(x=one, t=(case.t,), conditioning="c") for one in described)
+            ranks.send(orders.TurnDenoise(order=number, run=number, items=items), *frames)
+            done, inline = ranks.wait(orders.TurnDone, 300)
+            for x, output in zip(given_x, done.outputs, strict=True):
+                with torch.no_grad():
+                    expected = plain.predict(x, torch.tensor([case.t] * batch), plain.condition(given, {}))
+                assert error(tensor_of(output, inline), expected) < 1e-5
+            for rest in (orders.Sleep(), orders.Wake()):
+                ranks.send(rest)
+                for _ in ranks.processes:
+                    ranks.wait(orders.RankRested, 60)
 
 
 def test_all_of_xfusers_attention_is_kept_out_of_compiling() -> None:
