@@ -215,6 +215,19 @@ def test_where_no_replica_can_have_room_for_loras_nobody_waits_for_ever() -> Non
     assert [group.state for group in two] == ["ready", "ready"]
 
 
+def test_who_may_yet_be_served_by_a_replica_keeps_no_other_from_being_refused() -> None:
+    world = world_of_a_hundred(memory_others=50)
+    world.devices = ("cuda:0", "cuda:1")
+    first = world.open(ref=FLUX, replicas=2, weight_dtype=FP8)
+    world.ready(world.started[0])  # the other starts yet
+    end(world, first)
+    hopes = world.open(ref=FLUX, replicas=2, weight_dtype=FP8, loras=[INK])
+    end(world, served(world, world.open(ref=OTHER, devices=("cuda:2",), weight_dtype=FP8)))
+    run = world.open(ref=OTHER, devices=("cuda:2",), weight_dtype=FP8, loras=[HUGE])
+    world.pass_time(SETTLE + 1)
+    assert [hopes.state, hopes.code, run.code] == ["queued", "", CODE]
+
+
 def test_of_replicas_one_has_room_made_for_loras() -> None:
     world = world_of_a_hundred()
     replicas(world)

@@ -316,10 +316,12 @@ class Dispatcher:
         for run in self._hopeless(group):
             self.ends.descend(run, "start", code, message, group, now)
 
-    def no_room_for_loras(self, groups: Sequence[Group], loras: int, message: str, now: float) -> None:
-        for run in self._hopeless(*groups):
+    def no_room_for_loras(
+        self, group: Group, alike: Sequence[Group], loras: int, message: str, now: float
+    ) -> None:
+        for run in self._hopeless(group, *alike):
             if run.lora_bytes >= loras:
-                self.ends.descend(run, "start", Code.OUT_OF_MEMORY, message, groups[-1], now)
+                self.ends.descend(run, "start", Code.OUT_OF_MEMORY, message, group, now)
 
     def settle(self, now: float) -> None:
         """Starts what has room, binds runs for which there is a place, gives turns."""

@@ -171,9 +171,9 @@ class Fleet:
                     if group.has_room_for(loras):
                         self.fail(group, Code.OUT_OF_MEMORY, verdict.never, now, verdict.where)
                     else:  # for LoRAs alone
-                        short.append((group, loras))
                         alike = [one for one, lacking in short if lacking <= loras]
-                        self.listener.no_room_for_loras(alike, loras, f"{verdict.never}.", now)
+                        short.append((group, loras))
+                        self.listener.no_room_for_loras(group, alike, loras, f"{verdict.never}.", now)
                     continue
                 held |= {one.name for one in verdict.hold}
                 for one in verdict.sleep:

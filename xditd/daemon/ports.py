@@ -118,8 +118,10 @@ class Listener(Protocol):
     def given_up(self, group: Group, code: Code | str, message: str, now: float) -> None:
         """No other generation will follow."""
 
-    def no_room_for_loras(self, groups: Sequence[Group], loras: int, message: str, now: float) -> None:
-        """None of these, which serve on, can ever have room for LoRAs of so many bytes."""
+    def no_room_for_loras(
+        self, group: Group, alike: Sequence[Group], loras: int, message: str, now: float
+    ) -> None:
+        """It can never have room for LoRAs of so many bytes, nor can those `alike`. All of them serve on."""
 
     def settle(self, now: float) -> None:
         """Something has changed: who waits for room or a place may have it now."""
