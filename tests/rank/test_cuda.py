@@ -103,7 +103,7 @@ def test_a_rank_compiles_the_layers_of_every_family(
     again = error(outs[2], outs[0])
     with capsys.disabled():
         print(f"\n  cuda, {name}, compiled: {largest:.1e} from float32 on a CPU, again: {again:.1e}")
-    # cuDNN's convolutions round to TF32, as torch and ComfyUI let them: SDXL is of them.
+    # SDXL was 4.4e-3 off on an H200: torch lets cuDNN's convolutions round to TF32, which would do that. Eagerly it was not compared.
     assert largest < (1e-2 if name == "sdxl" else 2e-3)
     assert again < 1e-3
 
