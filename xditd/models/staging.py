@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
@@ -180,27 +179,6 @@ def bring(
         XditError: `file_invalid` for a file that ends too early.
         OSError: a file cannot be read.
     """
-    with _switching():
-        _bring(items, sources, slots, threads, arrived)
-
-
-@contextmanager
-def _switching() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-def _bring(
-    items: Sequence[Item],
-    sources: Sequence[Source],
-    slots: Slots,
-    threads: int,
-    arrived: Callable[[int], None],
-) -> None:
     plan = fills([item.runs for item in items], slots.memory[0].numel())
     pool = ThreadPoolExecutor(threads, "xditd-read")
     under_way: deque[tuple[int, Fill, Future[None]]] = deque()
@@ -216,6 +194,8 @@ def _bring(
         if fill is not None:
             under_way.append((slot, fill, pool.submit(read, slot, fill)))
 
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
     try:
         for slot in range(len(slots.memory)):
             begin(slot)
@@ -230,3 +210,4 @@ def _bring(
             begin(slot)
     finally:
         pool.shutdown(cancel_futures=True)
+        sys.setswitchinterval(before)
