@@ -6,6 +6,7 @@ Flux and SD3 are rectified flows: sigma goes from 1 (noise) to 0 (picture), and 
 
 which is `time_shift` of black-forest-labs/flux (src/flux/sampling.py) with its exponent of 1. FLUX.1-dev takes
 mu = 1.15 at 1024×1024 and, as ComfyUI has it, at any size; FLUX.1-schnell takes none (mu = 0 changes nothing).
+
 SDXL, PixArt and HunyuanDiT are trained on discrete steps, whose sigmas the daemon's word on their noise gives
 (`xditd.protocol.noise`).
 

@@ -51,7 +51,8 @@ class Settled:
         for _ in range(ATTEMPTS):
             before, first, self._called = compiled(), not self._called, True
             answer = self._call(*arguments, **keywords)
-            if not (compiled() != before if self._alone else first):
+            again = compiled() != before if self._alone else first
+            if not again:
                 break
         return answer
 

@@ -70,8 +70,6 @@ def load(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
 
 
 def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell) -> Worker:
-    from xditd.models.families import FAMILIES
-    from xditd.models.splits import in_layers
     from xditd.rank import attention
     from xditd.rank.cfg import CfgParallel
     from xditd.rank.denoiser import Denoiser
@@ -132,6 +130,8 @@ def _load_transformer(spec: RankSpec, places: Places, faults: Faults, tell: Tell
         network.backbone.set_attention_backend(kernel.diffusers)
         name = attention.heeded(kernel, network.backbone, spec.attention)
     if compiling:
+        from xditd.models.families import FAMILIES
+        from xditd.models.splits import in_layers
         from xditd.rank.compiling import compile_layers
 
         print("Layers are compiled at the first step, which takes up to a minute.", file=sys.stderr)
