@@ -22,7 +22,7 @@ from xditd.models.families import load
 from xditd.models.reading import held
 from xditd.protocol import orders
 from xditd.protocol.codec import decode, encode
-from xditd.protocol.messages import Plan
+from xditd.protocol.messages import DenoiseItem, Plan
 from xditd.protocol.tensors import ALIGNMENT, Tensor
 from xditd.rank.transfer import DTYPES, NAMES
 
@@ -131,6 +131,23 @@ class Ranks:
     def ready(self) -> list[orders.RankReady]:
         """Waits until every rank is."""
         return [self.wait(orders.RankReady, START)[0] for _ in self.specs]
+
+    def denoise(
+        self,
+        xs: list[torch.Tensor],
+        t: tuple[float, ...],
+        *,
+        run: int = 1,
+        key: str = "c",
+        timeout: float = 60.0,
+    ) -> list[torch.Tensor]:
+        """What the network predicts at each x, of one turn, with a conditioning that the run has."""
+        described, frames = framed(xs)
+        items = tuple(DenoiseItem(x=x, t=t, conditioning=key) for x in described)
+        self.send(orders.TurnDenoise(order=run, run=run, items=items), *frames)
+        done, inline = self.wait(orders.TurnDone, timeout)
+        assert done.order == run
+        return [tensor_of(output, inline) for output in done.outputs]
 
     def turn(self, order: Any, *frames: Any) -> tuple[orders.TurnDone, list[torch.Tensor]]:
         """One turn, and its outputs that came as frames."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.rank.families import CASES, Case, Tensors, normal
-from tests.rank.ranks import framed, running, tensor_of
+from tests.rank.ranks import running
 from tests.rank.reference import error
 from xditd.catalog.detection import recognise
 from xditd.models.families import FAMILIES, load
@@ -21,7 +21,6 @@ from xditd.models.making_loras import make_lora
 from xditd.models.reading import WeightFile
 from xditd.models.splits import in_layers
 from xditd.protocol import orders
-from xditd.protocol.messages import DenoiseItem
 from xditd.protocol.orders import Merge
 from xditd.rank import compiling, xfuser_seam
 from xditd.rank.compiling import ATTEMPTS, Settled, compile_layers
@@ -213,13 +212,10 @@ def test_a_world_with_compiled_layers_computes_what_one_process_does(
         for text, size in ((15, case.sizes[0]), (31, case.sizes[1])):
             given, x = case.conditioning(text), normal(1, case.channels, *size)
             ranks.condition(1, "c", given)
-            (described,), frames = framed([x])
-            item = DenoiseItem(x=described, t=(case.t,), conditioning="c")
-            ranks.send(orders.TurnDenoise(order=1, run=1, items=(item,)), *frames)
-            done, inline = ranks.wait(orders.TurnDone, 300)
+            (out,) = ranks.denoise([x], (case.t,), timeout=300)
             with torch.no_grad():
                 expected = plain.predict(x, torch.tensor([case.t]), plain.condition(given, {}))
-            figures.append(error(tensor_of(done.outputs[0], inline), expected))
+            figures.append(error(out, expected))
         assert "Layers are compiled" in ranks.words()
     with capsys.disabled():
         print(f"\n  {name}, {degrees}, compiled: {', '.join(f'{figure:.1e}' for figure in figures)}", end="")
@@ -262,15 +258,12 @@ def test_a_world_with_compiled_layers_takes_whatever_comes(tmp_path: Path, degre
             ranks.condition(number, "c", given)
             ranks.send(orders.SetLoras(run=number, loras=merges))
             plain.loras.hold(merges)
-            given_x = [normal(batch, case.channels, *case.sizes[0]) for _ in range(calls)]
-            described, frames = framed(given_x)
-            items = tuple(DenoiseItem(x=one, t=(case.t,), conditioning="c") for one in described)
-            ranks.send(orders.TurnDenoise(order=number, run=number, items=items), *frames)
-            done, inline = ranks.wait(orders.TurnDone, 300)
-            for x, output in zip(given_x, done.outputs, strict=True):
+            xs = [normal(batch, case.channels, *case.sizes[0]) for _ in range(calls)]
+            outs = ranks.denoise(xs, (case.t,), run=number, timeout=300)
+            for x, out in zip(xs, outs, strict=True):
                 with torch.no_grad():
                     expected = plain.predict(x, torch.tensor([case.t] * batch), plain.condition(given, {}))
-                assert error(tensor_of(output, inline), expected) < 1e-5
+                assert error(out, expected) < 1e-5
             for rest in (orders.Sleep(), orders.Wake()):
                 ranks.send(rest)
                 for _ in ranks.processes:

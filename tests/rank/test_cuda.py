@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.rank.families import CASES, normal
-from tests.rank.ranks import framed, running, tensor_of
+from tests.rank.ranks import framed, running
 from tests.rank.reference import Reference, error
 from xditd.models.making import flux_facts, make_flux
 from xditd.protocol import orders
@@ -92,12 +92,9 @@ def test_a_rank_compiles_the_layers_of_every_family(
         for number, size in enumerate((case.sizes[0], case.sizes[1], case.sizes[0]), 1):
             tensors = case.conditioning(20)
             ranks.condition(number, "c", tensors)
-            (x,), frames = framed([normal(1, case.channels, *size)])
-            item = DenoiseItem(x=x, t=(case.t,), conditioning="c")
-            ranks.send(orders.TurnDenoise(order=number, run=number, items=(item,)), *frames)
-            done, inline = ranks.wait(orders.TurnDone, 300)
-            out = tensor_of(done.outputs[0], inline)
-            expected = predict(normal(1, case.channels, *size), torch.tensor([case.t]), tensors)
+            x = normal(1, case.channels, *size)
+            (out,) = ranks.denoise([x], (case.t,), run=number, timeout=300)
+            expected = predict(x, torch.tensor([case.t]), tensors)
             largest = max(largest, error(out, expected))
             outs.append(out)
     again = error(outs[2], outs[0])
@@ -197,13 +194,10 @@ def test_weights_that_sleep_leave_the_gpu_and_wake_to_the_same_bits(
 
         def step(number: int) -> torch.Tensor:
             ranks.condition(number, "c", conditioning(77), guidance=3.5)
-            (x,), frames = framed([torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(1))])
-            item = DenoiseItem(x=x, t=(0.7,), conditioning="c")
-            order = orders.TurnDenoise(order=number, run=number, items=(item,))
-            ranks.send(order, *frames)
-            done, inline = ranks.wait(orders.TurnDone, 300)
+            x = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(1))
+            (out,) = ranks.denoise([x], (0.7,), run=number, timeout=300)
             ranks.send(orders.ForgetRun(run=number))
-            return tensor_of(done.outputs[0], inline)
+            return out
 
         def rest(order: orders.Order) -> orders.RankRested:
             ranks.send(order)

@@ -74,9 +74,7 @@ def latent(size: tuple[int, int], batch: int = 1, seed: int = 0) -> torch.Tensor
 
 
 def denoise(ranks: Ranks, x: torch.Tensor, t: tuple[float, ...], key: str = "c") -> torch.Tensor:
-    (described,), frames = framed([x])
-    item = DenoiseItem(x=described, t=t, conditioning=key)
-    _, (prediction,) = ranks.turn(orders.TurnDenoise(order=1, run=1, items=(item,)), *frames)
+    (prediction,) = ranks.denoise([x], t, key=key)
     return prediction
 
 

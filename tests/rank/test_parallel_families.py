@@ -16,7 +16,6 @@ from tests.rank.ranks import Ranks, check_weights, framed, running
 from tests.rank.reference import error, euler, slope
 from xditd.catalog.families import TRANSFORMERS
 from xditd.protocol import orders
-from xditd.protocol.messages import DenoiseItem
 
 TEXTS = (15, 77)
 TOLERANCE = 1e-5
@@ -71,9 +70,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def denoise(ranks: Ranks, x: torch.Tensor, t: tuple[float, ...]) -> torch.Tensor:
-    (described,), frames = framed([x])
-    item = DenoiseItem(x=described, t=t, conditioning="c")
-    _, (prediction,) = ranks.turn(orders.TurnDenoise(order=1, run=1, items=(item,)), *frames)
+    (prediction,) = ranks.denoise([x], t)
     return prediction
 
 
